@@ -1,0 +1,75 @@
+"""The command: one verb, one function. Torch is imported only by the verbs that compute."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from peftlab import __version__
+from peftlab.errors import InputError
+
+USAGE = """\
+peftlab train [KEY=VALUE ...]        fine-tune; no argument: SmolLM2-135M, offline, in minutes
+peftlab train -m [KEY=V1,V2 ...]     many runs: grids, +sweeps=NAME, hydra/launcher=...
+peftlab train --help                 every key; --cfg job prints the composed config
+peftlab methods [NAME]               the methods, or one with its equation
+peftlab sync [DIR]                   upload offline W&B runs
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code (2: bad input, told in one line)."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="peftlab",
+        description="Which parameter-efficient fine-tuning method is best, all tuned equally hard?",
+        epilog=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="peftlab VERB ...",
+    )
+    parser.add_argument("--version", action="version", version=f"peftlab {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    verbs.add_parser("train", add_help=False, help="one run, or many with -m")
+    methods = verbs.add_parser("methods", help="list the methods, or show one")
+    methods.add_argument("name", nargs="?")
+    sync = verbs.add_parser("sync", help="upload offline W&B runs")
+    sync.add_argument("folders", nargs="*", default=["outputs"], metavar="DIR")
+    known, rest = parser.parse_known_args(words)
+    if known.verb is None:
+        parser.print_help()
+        return 0
+    if known.verb != "train" and rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    def work() -> int:
+        match known.verb:
+            case "train":
+                from peftlab.train import train
+
+                return train(rest)
+            case "methods":
+                from peftlab.cards import show_methods
+
+                return show_methods(known.name)
+            case _:
+                from peftlab.sync import sync
+
+                return sync([Path(folder) for folder in known.folders])
+
+    return guarded(work)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run `work`; bad input ends in one line and exit code 2, unless HYDRA_FULL_ERROR=1."""
+    try:
+        return work()
+    except InputError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"peftlab: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

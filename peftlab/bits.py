@@ -1,0 +1,115 @@
+"""Nats become bits per token here, as a sum over a sum, and nowhere else.
+
+    bits per token = Σ nats / (ln 2 · Σ targets)
+
+A target is a position whose label is not IGNORE. Sums of subsets add up exactly; means do not.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32: the largest piece of the logits that ever exists
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -ln p(target) in nats (float32 scalar), for logits [..., V] and targets [...].
+
+    The plain form: the reference that `linear_nll` is tested against.
+    """
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+def linear_nll(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """`nll(hidden @ head.T + bias, targets)` without keeping the logits.
+
+    hidden [..., D], head [V, D], bias [V] or None, targets [...]. Exact, up to rounding: only
+    positions with a target are projected, chunk by chunk, and the gradient with respect to
+    hidden and head is formed in the same pass.
+    """
+    scored = targets != IGNORE
+    return _LinearNLL.apply(hidden[scored], head, bias, targets[scored])
+
+
+class _LinearNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, bias, targets):  # [N, D], [V, D], [V] or None, [N]
+        needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
+        dtype = _matmul_dtype(hidden)
+        weight = head.to(dtype)
+        nats = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        rows = max(1, LOGITS_PER_CHUNK // head.shape[0])
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            x, y = hidden[part].to(dtype), targets[part, None]
+            logits = (x @ weight.T).float()  # [n, V]
+            if bias is not None:
+                logits += bias.float()
+            log_total = logits.logsumexp(-1, keepdim=True)
+            nats += (log_total - logits.gather(1, y)).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            # d nats / d logits = softmax - one-hot, made in place of the logits
+            slope = logits.sub_(log_total).exp_().scatter_add_(1, y, -torch.ones_like(log_total))
+            if d_bias is not None:
+                d_bias += slope.sum(0)
+            slope = slope.to(dtype)
+            if d_hidden is not None:
+                d_hidden[part] = slope @ weight
+            if d_head is not None:
+                d_head += slope.T @ x
+        ctx.gradients = (d_hidden, d_head, d_bias)
+        ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
+        return nats
+
+    @staticmethod
+    def backward(ctx, *upstream):  # one scalar
+        (scale,) = upstream
+        gradients = [
+            None if g is None else (g * scale).to(dtype)
+            for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer on x multiplies here: autocast's if on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+@dataclass
+class Tally:
+    """Raw sums over a split or a step: nats and targets."""
+
+    nats: float = 0.0
+    targets: int = 0
+
+    def add(self, nats: float, targets: int) -> None:
+        """Add a batch's sum of nats and its number of targets."""
+        self.nats += nats
+        self.targets += targets
+
+    @property
+    def bits_per_token(self) -> float:
+        """Σ nats / (ln 2 · Σ targets)."""
+        return self.nats / (math.log(2) * self.targets)
+
+    def bits_per_byte(self, n_bytes: int) -> float | None:
+        """Σ nats / (ln 2 · bytes of the scored text): comparable across tokenizers."""
+        return self.nats / (math.log(2) * n_bytes) if n_bytes else None
+
+
+def perplexity(bits_per_token: float) -> float:
+    """2^bits, infinite past the largest float."""
+    return 2.0**bits_per_token if bits_per_token < 1024 else math.inf

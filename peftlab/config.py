@@ -1,0 +1,119 @@
+"""The resolved config: its checks, its identity, and the folders of the package's own YAML."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftlab.errors import require
+
+PACKAGE = Path(__file__).parent
+# In a checkout conf/ and sweeps/ lie beside the package, in a wheel inside it.
+HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
+
+# What does not change the numbers of a run, and so is no part of its identity.
+NOT_IDENTITY = ("tracking", "threads", "skip_finished", "study", "output", "hydra")
+
+
+def resolve(config: DictConfig) -> dict:
+    """Return the config as plain dicts, all interpolations and `precision: auto` resolved."""
+    bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    if resolved["precision"] == "auto":
+        from peftlab.backbone import fast_bf16, resolve_device
+
+        bf16 = fast_bf16(resolve_device(resolved["model"]["device"]))
+        resolved["precision"] = "bf16" if bf16 else "fp32"
+    return resolved
+
+
+def run_id(resolved: Mapping) -> str:
+    """Sha256 of what decides the numbers of a run, in hexadecimal."""
+    identity = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    identity["method"] = {k: v for k, v in identity["method"].items() if k != "search"}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def method_name(method: Mapping) -> str:
+    """Return the method's name: that of its file, of its YAML and on the command line."""
+    return method["_target_"].split(".")[-2]
+
+
+def run_name(resolved: Mapping) -> str:
+    """Return a folder name that tells model, method and data, and is unique to the config."""
+    what = (resolved["model"]["name"], method_name(resolved["method"]), resolved["dataset"]["name"])
+    return "-".join((*what, run_id(resolved)[:8]))
+
+
+def register_resolvers() -> None:
+    """Make ${peftlab_home:}, ${peftlab_run_name:} and ${peftlab_method:} known to OmegaConf."""
+    OmegaConf.register_new_resolver("peftlab_home", lambda: str(HOME), replace=True)
+    OmegaConf.register_new_resolver(
+        "peftlab_method", lambda *, _root_: method_name(_root_.method), replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "peftlab_run_name", lambda *, _root_: run_name(resolve(_root_)), replace=True
+    )
+
+
+def check(resolved: Mapping) -> None:
+    """Check every number and word that run.py itself uses; parts check their own.
+
+    Raises: InputError naming the key, the value and what is allowed.
+    """
+    at_least(resolved, "epochs", 1)
+    at_least(resolved, "seed", 0)
+    at_least(resolved, "batch", 1)
+    at_least(resolved, "micro_batch", 1)
+    micro, batch = resolved["micro_batch"], resolved["batch"]
+    require(micro <= batch, "micro_batch", micro, f"at most batch ({batch})")
+    if resolved["threads"] is not None:
+        at_least(resolved, "threads", 1)
+    one_of(resolved, "precision", ("fp32", "bf16"))
+    one_of(resolved, "skip_finished", (True, False))
+    optimizer = {f"optimizer.{key}": value for key, value in resolved["optimizer"].items()}
+    number(optimizer, "optimizer.lr", above=0)
+    number(optimizer, "optimizer.weight_decay", least=0)
+    number(optimizer, "optimizer.warmup", least=0, below=1)
+    one_of(optimizer, "optimizer.schedule", ("cosine", "linear", "constant"))
+    if optimizer["optimizer.clip"] is not None:
+        number(optimizer, "optimizer.clip", above=0)
+
+
+def at_least(values: Mapping, key: str, least: int) -> None:
+    """Require a whole number from `least`."""
+    value = values[key]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole and value >= least, key, value, f"a whole number, at least {least}")
+
+
+def one_of(values: Mapping, key: str, allowed: tuple) -> None:
+    """Require one of the allowed words."""
+    words = ", ".join(str(word).lower() if isinstance(word, bool) else word for word in allowed)
+    require(values[key] in allowed, key, values[key], f"one of {words}")
+
+
+def number(
+    values: Mapping,
+    key: str,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Require a finite number in the given range."""
+    value = values[key]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    ranges = [
+        f"{word} {bound:g}"
+        for word, bound in (("above", above), ("at least", least), ("below", below))
+        if math.isfinite(bound)
+    ]
+    fits = is_number and math.isfinite(value) and value > above and least <= value < below
+    require(
+        fits, key, value, " and ".join(["a number", *ranges]).replace("number and", "number", 1)
+    )

@@ -1,0 +1,255 @@
+"""The seams of a method: it owns every trainable tensor once, and acts at named sites by hooks.
+
+A method file states one equation. Everything that is the same for all methods stands here: who
+owns a tensor, how sites share it, how the equation enters the forward pass, and how it is merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftlab.errors import require
+from peftlab.sites import Site
+
+
+class NotMergeable(TypeError):
+    """The method has no dense weight that reproduces it, so it cannot be merged."""
+
+
+class Method(nn.Module):
+    """What every method is: attached to a backbone, owner of what is trained, perhaps mergeable.
+
+    While attached it is the backbone's submodule `peft`: its only registration, so each of its
+    tensors has exactly one name, however many sites share it.
+    """
+
+    mergeable = False
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.sites = tuple(sites)  # a plain tuple: the backbone is not registered a second time
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Freeze the backbone and let the method act on it."""
+        backbone.requires_grad_(False)
+        backbone.peft = self
+
+    def detach(self, backbone: nn.Module) -> None:
+        """Take the method off again; a backbone whose own tensors were not trained is as before."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        del backbone.peft
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Write the method into the backbone's weights and detach. There is no way back: reload.
+
+        Raises: NotMergeable where no dense weight reproduces the method.
+        """
+        raise NotMergeable(f"{type(self).__name__} cannot be merged into dense weights")
+
+
+def attached(net: nn.Module) -> Method:
+    """Return the method that is attached to `net`."""
+    method = net.peft
+    if not isinstance(method, Method):
+        raise TypeError(f"{type(net).__name__}.peft is not a Method")
+    return method
+
+
+def trainable(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (name, tensor) of all that is trained: the one answer for optimizer, count and file."""
+    return ((name, p) for name, p in net.named_parameters() if p.requires_grad)
+
+
+class WeightMethod(Method):
+    """Maps each site's frozen W to W'.
+
+    A subclass declares its tensors with `own`, `tied` and `fixed`, then states the map in
+    `weight`. `weight` and `forward` receive t, the site's tensors by name: the same code serves
+    own and tied tensors, and one compiled graph serves all layers.
+    """
+
+    mergeable = True
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__(sites)
+        self.tensors = tuple(SimpleNamespace() for _ in self.sites)
+
+    def own(self, name: str, make: Callable[[Site], Tensor]) -> None:
+        """Give every site its own trainable tensor `name`, float32."""
+        self._declare(name, make, lambda site: site.name, nn.Parameter)
+
+    def tied(self, name: str, make: Callable[[Site], Tensor]) -> None:
+        """Give the sites of one kind and shape a common trainable tensor `name`, float32."""
+        self._declare(name, make, lambda site: site.group, nn.Parameter)
+
+    def fixed(self, name: str, make: Callable[[Site], Tensor], *, stored: bool = True) -> None:
+        """Give every site its own constant `name`, float32, stored in the adapter's file or not."""
+        self._declare(name, make, lambda site: site.name, partial(nn.Buffer, persistent=stored))
+
+    def _declare(self, name: str, make: Callable, key: Callable, wrap: Callable) -> None:
+        made: dict[str, Tensor] = {}
+        holder = nn.Module()
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            k = key(site).replace(".", "/")  # names of tensors have no dots
+            if k not in made:
+                made[k] = wrap(make(site).detach().float().to(site.module.weight.device))
+                setattr(holder, k, made[k])
+            setattr(t, name, made[k])
+        setattr(self, name, holder)
+
+    def weight(self, t: SimpleNamespace, W: Tensor) -> Tensor:
+        """Map frozen W [d_out, d_in], float32, to W' of the same shape: the definition."""
+        raise NotImplementedError
+
+    def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        """Map input x [..., d_in] and frozen output y [..., d_out] to y' [..., d_out].
+
+        This is the literal form, which holds a dense W' until backward; override it with a
+        factored form of the same map. The laws hold the two equal.
+        """
+        with full_precision(x):
+            W = self.weight(t, site.weight.float())
+        return F.linear(x, W, site.bias)
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Freeze the backbone and hook every site."""
+        super().attach(backbone)
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            self.handles.append(site.module.register_forward_hook(partial(_rewrite, self, t)))
+
+    @torch.no_grad()
+    def merge(self, backbone: nn.Module) -> None:
+        """Write every W', computed in float32, and detach."""
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            W = site.module.weight
+            W.copy_(self.weight(t, W.float()))
+        self.detach(backbone)
+
+
+def _rewrite(method: WeightMethod, t: SimpleNamespace, site: nn.Module, args: tuple, y: Tensor):
+    return method(t, site, args[0], y)
+
+
+class LowRank(WeightMethod):
+    """W' = W + up down: a WeightMethod whose change is a product of two thin matrices.
+
+    A subclass states only `factors`; the dense and the factored form follow from it.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, dropout: float) -> None:
+        super().__init__(sites)
+        self.drop = dropout_of(dropout)
+
+    def factors(self, t: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        """Return down [r, d_in] and up [d_out, r], float32, every scale included."""
+        raise NotImplementedError
+
+    def weight(self, t: SimpleNamespace, W: Tensor) -> Tensor:
+        """W' = W + up down."""
+        down, up = self.factors(t)
+        return W + up @ down
+
+    def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        """Y' = y + up (down x)."""
+        with full_precision(x):
+            down, up = self.factors(t)
+        return y + F.linear(F.linear(self.drop(x), down), up)
+
+
+class SelectMethod(Method):
+    """Trains some of the backbone's own tensors in place."""
+
+    mergeable = True  # trained in place: nothing is left to do
+
+    def selects(self, name: str, p: nn.Parameter) -> bool:
+        """Whether the backbone's tensor `name` is trained."""
+        raise NotImplementedError
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Freeze all but the selected tensors, which become float32."""
+        super().attach(backbone)
+        for name, p in backbone.named_parameters():
+            if self.selects(name, p):
+                p.data = p.data.float()
+                p.requires_grad_(True)
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Detach: the weights are the backbone's own."""
+        self.detach(backbone)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Factors are combined in float32 even where autocast makes the large products bf16."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def dropout_of(p: float) -> nn.Dropout:
+    """Dropout of probability p, for the input of an adapter's branch."""
+    number = isinstance(p, int | float) and not isinstance(p, bool)
+    require(number and 0 <= p < 1, "method.dropout", p, "a probability in [0, 1)")
+    return nn.Dropout(p)
+
+
+def kaiming(*shape: int) -> Tensor:
+    """U(-1/√fan_in, 1/√fan_in), as in the LoRA authors' code: Kaiming uniform with a = √5."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+
+def normal(*shape: int, std: float) -> Tensor:
+    """N(0, std²)."""
+    return torch.randn(shape) * std
+
+
+def constant(*shape: int, value: float) -> Tensor:
+    """Fill a tensor with one value."""
+    return torch.full(shape, float(value))
+
+
+def rms(W: Tensor) -> Tensor:
+    """ν: the root of the mean square of all entries of W, float32 scalar."""
+    return W.float().square().mean().sqrt()
+
+
+def check_rank(sites: Sequence[Site], **ranks: int) -> None:
+    """Require each rank to be a whole number from 1 to the smaller side of every site."""
+    smallest = min(sites, key=lambda s: min(s.d_in, s.d_out))
+    most = min(smallest.d_in, smallest.d_out)
+    for name, rank in ranks.items():
+        whole = isinstance(rank, int) and not isinstance(rank, bool)
+        require(
+            whole and 1 <= rank <= most,
+            f"method.{name}",
+            rank,
+            f"a whole number from 1 to {most} (the smaller side of {smallest.name})",
+        )
+
+
+def check_count(most: int | None = None, **counts: int) -> None:
+    """Require each to be a whole number of at least 1 (and at most `most`)."""
+    for name, count in counts.items():
+        whole = isinstance(count, int) and not isinstance(count, bool)
+        allowed = "a whole number of at least 1" + (f" and at most {most}" if most else "")
+        require(whole and 1 <= count <= (most or count), f"method.{name}", count, allowed)
+
+
+def check_positive(**values: float) -> None:
+    """Require each to be a finite number above 0."""
+    for name, value in values.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(number and 0 < value < math.inf, f"method.{name}", value, "a finite number above 0")
+
+
+def check_switch(**switches: bool) -> None:
+    """Require each to be true or false."""
+    for name, value in switches.items():
+        require(isinstance(value, bool), f"method.{name}", value, "true or false")

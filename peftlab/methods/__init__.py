@@ -1,0 +1,1 @@
+"""One file per method; `conf/method/` is the list of methods."""

@@ -1,0 +1,21 @@
+"""Full fine-tuning."""
+
+from torch import nn
+
+from peftlab.method import SelectMethod
+
+
+class Full(SelectMethod):
+    """Full fine-tuning: every weight of the backbone is trained.
+
+        W' = W + ΔW          ΔW [d_out, d_in] unrestricted
+
+    Init: the backbone's own weights, so W' = W at step 0.
+    Trainable:
+        per model: n_params
+    Differs from the paper: nothing. Tied embeddings are one tensor and counted once.
+    """
+
+    def selects(self, name: str, p: nn.Parameter) -> bool:
+        """Everything."""
+        return True

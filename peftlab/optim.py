@@ -1,0 +1,53 @@
+"""Optimizers beyond torch's own, and the learning-rate schedule that all share."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from peftlab.errors import InputError, require
+
+
+def lora_plus(
+    params: Sequence[nn.Parameter], *, lr: float, ratio: float, **adamw
+) -> torch.optim.AdamW:
+    """LoRA+: AdamW with lr · ratio for the factor that starts at 0, and for vectors.
+
+    Hayou, Ghosh and Yu 2024, arXiv:2402.12354. The factor is known by its value before the first
+    step, so that every method with one is served, whatever its tensors are called.
+    Raises: InputError if no tensor, or every one, starts at 0.
+    """
+    require(ratio > 0, "optimizer.ratio", ratio, "a number above 0")
+    fast = [p for p in params if p.ndim == 1 or not p.detach().any()]
+    slow = [p for p in params if not any(p is q for q in fast)]
+    if not fast or not slow:
+        raise InputError(
+            "optimizer=loraplus: this method has no pair of a random factor and one that starts "
+            "at 0; use optimizer=adamw"
+        )
+    groups = [{"params": slow, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+    return torch.optim.AdamW(groups, lr=lr, **adamw)
+
+
+def schedule(name: str, *, warmup: float, steps: int) -> Callable[[int], float]:
+    """Return the factor of the peak learning rate as a function of the step, 0 .. steps - 1.
+
+    warmup: share of the steps over which the factor rises linearly; then cosine or linear to 0 at
+    `steps`, or constant.
+    """
+    rising = round(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        done = (step - rising) / max(1, steps - rising)
+        match name:
+            case "cosine":
+                return (1 + math.cos(math.pi * done)) / 2
+            case "linear":
+                return 1 - done
+            case _:
+                return 1.0
+
+    return factor

@@ -1,0 +1,110 @@
+"""The linear layers of a backbone that a method may change, and what each is called."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from peftlab.errors import InputError, require
+
+_LLAMA = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+# model_type of the Hugging Face config -> kind -> end of the module's name
+FAMILIES: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "gemma", "gemma2", "gemma3", "gemma3_text", "qwen2", "qwen3"), _LLAMA
+    ),
+    "gpt2": {"qkv": "attn.c_attn", "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"},
+    "gpt_neox": {
+        "qkv": "attention.query_key_value",
+        "o": "attention.dense",
+        "up": "mlp.dense_h_to_4h",
+        "down": "mlp.dense_4h_to_h",
+    },
+    "opt": {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+    },
+}
+
+
+class Site(NamedTuple):
+    """One linear layer of the frozen backbone that a method may change."""
+
+    name: str  # "model.layers.3.self_attn.q_proj"
+    kind: str  # its role, the same word in every layer: "q"
+    module: nn.Linear  # W [d_out, d_in], b [d_out] or None; never trained
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.module.in_features
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return self.module.out_features
+
+    @property
+    def group(self) -> str:
+        """The tie group: sites of one kind and shape share `tied` tensors; others never do."""
+        return f"{self.kind}.{self.d_in}x{self.d_out}"
+
+
+def kinds_of(model_type: str, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return kind -> end of module name: `given` (model.kinds) if set, else the family's.
+
+    Raises: InputError for an architecture without an entry, saying how to give `model.kinds`.
+    """
+    if given:
+        return given
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model.kinds=null: architecture {model_type!r} is unknown (known: "
+            f"{', '.join(FAMILIES)}); name its linear layers, e.g. "
+            "'model.kinds={q: self_attn.q_proj, v: self_attn.v_proj}'"
+        )
+    return FAMILIES[model_type]
+
+
+def find_sites(
+    net: nn.Module, kinds: Mapping[str, str], wanted: str | Sequence[str]
+) -> tuple[Site, ...]:
+    """Return the sites of the wanted kinds in layer order; `wanted` is "all" or a list of kinds.
+
+    Raises: InputError if a kind is not mapped, or names no linear layer of this model.
+    """
+    chosen = list(kinds) if wanted == "all" else [wanted] if isinstance(wanted, str) else wanted
+    require(len(chosen) > 0, "method.sites", wanted, f"all, or a list out of {', '.join(kinds)}")
+    for kind in chosen:
+        require(
+            kind in kinds,
+            "method.sites",
+            kind,
+            f"this model has the kinds {', '.join(kinds)} (or all)",
+        )
+    ends = {"." + kinds[kind]: kind for kind in chosen}
+    sites = [
+        Site(name, kind, module)
+        for name, module in net.named_modules()
+        for end, kind in ends.items()
+        if name.endswith(end) and isinstance(module, nn.Linear)
+    ]
+    missing = set(chosen) - {site.kind for site in sites}
+    for kind in sorted(missing):
+        raise InputError(
+            f"model.kinds.{kind}={kinds[kind]}: no linear layer of the model has a name that "
+            "ends so"
+        )
+    return tuple(sites)

@@ -1,0 +1,111 @@
+"""`peftlab train`: Hydra composes the config, run.py runs it, and bad input becomes one line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftlab.config import HOME, register_resolvers, resolve
+from peftlab.errors import InputError
+
+CONF = str(HOME / "conf")
+register_resolvers()  # at import, so that a job on another machine has them too
+_refused: list[InputError] = []  # of the single run: Hydra would add lines of its own to it
+
+
+def train(overrides: list[str]) -> int:
+    """Run Hydra on the words after `peftlab train`; return the exit code.
+
+    Raises: InputError for a config that cannot be composed or that the run refuses.
+    """
+    sys.argv = [sys.argv[0], *overrides]
+    with _exceptions_come_out():
+        try:
+            hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise InputError(_explain(error, overrides)) from error
+    if _refused:
+        raise _refused.pop()
+    return 0
+
+
+def job(config: DictConfig) -> float:
+    """Run one composed config; return its objective, the final train loss in bits per token."""
+    from peftlab.run import run
+    from peftlab.show import show_result, try_next
+
+    single = HydraConfig.get().mode == RunMode.RUN
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        result = run(
+            resolve(config),
+            folder,
+            trial=None if single else HydraConfig.get().job.num,
+            job_type="train" if single else "sweep",
+        )
+    except InputError as error:
+        if folder.is_dir() and not any(folder.iterdir()):  # Hydra made it; nothing half-written
+            folder.rmdir()
+        if not single:
+            raise
+        _refused.append(error)
+        return math.nan
+    show_result(result, folder)
+    if single:
+        print(try_next(result))
+    return result["final"]["train_bits_per_token"] if result["final"] else math.inf
+
+
+@contextmanager
+def _exceptions_come_out() -> Iterator[None]:
+    """Let Hydra raise instead of printing a traceback and exiting; it is told so by a variable."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """One line for what Hydra or OmegaConf could not compose, with what is allowed."""
+    text = " ".join(str(error).split())
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if not unknown:
+        return text
+    key = unknown[1]
+    given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+    parent, _, last = key.rpartition(".")
+    config = _composed(overrides)
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        return f"{given}: no such key"
+    keys = [str(k) for k in node if k != "hydra"]
+    near = difflib.get_close_matches(last, keys, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{given}: no such key{hint}; {parent or 'the config'} has {', '.join(keys)}"
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    """Compose the config from the group choices alone, to see which keys it has."""
+    groups = [
+        o for o in overrides if (HOME / "conf" / o.partition("=")[0]).is_dir() and "," not in o
+    ]
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return hydra.compose("config", groups)

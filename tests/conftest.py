@@ -1,0 +1,119 @@
+"""Two tiny backbones, and a fixture that runs over every method and both of them."""
+
+import os
+
+# One thread each: the suite shares two cores with the processes it starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from peftlab.backbone import conv1d_to_linear
+from peftlab.cards import method_names
+from peftlab.config import HOME
+from peftlab.method import Method
+from peftlab.run import NOT_ARGUMENTS, _instantiate
+from peftlab.sites import FAMILIES, find_sites
+
+VOCABULARY = 11
+
+
+def tiny_llama(layers: int = 3) -> LlamaForCausalLM:
+    """Grouped-query attention, no biases; widths differ so that shapes cannot be confused."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def tiny_gpt2(layers: int = 3) -> GPT2LMHeadModel:
+    """Conv1D turned Linear, biases that are not zero, q, k and v in one layer."""
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=layers,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    net = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    conv1d_to_linear(net)
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.3)
+    return net
+
+
+NETS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+def defaults(name: str) -> dict:
+    """conf/method/NAME.yaml, with sizes that fit the tiny backbones and no extreme boost."""
+    method = yaml.safe_load((HOME / "conf" / "method" / f"{name}.yaml").read_text())
+    sizes = {"rank": 4, "r_1": 4, "r_2": 3, "l_1": 2, "l_a": 2, "l_b": 3, "r_u": 3, "r_v": 2}
+    gentle = {"gamma": 2.0, "alpha": 2.0}
+    return method | {k: v for k, v in (sizes | gentle).items() if k in method}
+
+
+def make(name: str, net: nn.Module, **changes: object) -> Method:
+    """Build method `name` for a tiny backbone; not attached."""
+    method = defaults(name) | changes
+    torch.manual_seed(3)
+    sites = find_sites(net, FAMILIES[net.config.model_type], method["sites"])
+    arguments = {k: v for k, v in method.items() if k not in NOT_ARGUMENTS}
+    return _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
+
+
+def shake(method: Method, std: float = 0.1) -> None:
+    """Move every trainable tensor away from its start: at the identity most laws are vacuous."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in method.parameters():
+            p.add_(torch.randn_like(p) * std)
+
+
+@pytest.fixture(params=method_names())
+def name(request: pytest.FixtureRequest) -> str:
+    """Every method: a new file in conf/method is tested by being there."""
+    return request.param
+
+
+@pytest.fixture(params=NETS)
+def net(request: pytest.FixtureRequest) -> nn.Module:
+    """Both architectures."""
+    return NETS[request.param]()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three rows of seven tokens."""
+    return torch.randint(VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def expect_close():
+    """Assert closeness with the tolerance of float32 through three layers."""
+
+    def check(actual, expected, *, atol=1e-5, rtol=1e-4):
+        torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+    return check

@@ -1,0 +1,26 @@
+import math
+
+import torch
+from conftest import make, tiny_llama
+
+from peftlab.method import trainable
+
+
+def test_every_site_takes_the_corner_of_one_frozen_pair():
+    net = tiny_llama()
+    method = make("vera", net, rank=32)
+    method.attach(net)
+    assert method.A.shape == (32, 24) and method.B.shape == (24, 32)
+    for site, t in zip(method.sites, method.tensors, strict=True):
+        assert torch.equal(t.A, method.A[:, : site.d_in]) and t.A.data_ptr() == method.A.data_ptr()
+        assert torch.equal(t.B, method.B[: site.d_out]) and t.B.data_ptr() == method.B.data_ptr()
+    assert {name.split(".")[1] for name, _ in trainable(net)} == {"b", "d"}
+    assert {"A", "B"} <= set(method.state_dict())
+
+
+def test_start():
+    method = make("vera", tiny_llama(), rank=32, d_initial=0.25)
+    assert all((t.d == 0.25).all() and not t.b.any() for t in method.tensors)
+    for pair, fan_in in ((method.A, 24), (method.B, 32)):  # Kaiming uniform with gain √2
+        bound = math.sqrt(6 / fan_in)
+        assert 0.97 * bound < pair.abs().max() <= bound

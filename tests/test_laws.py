@@ -1,0 +1,197 @@
+"""The laws: what every method in conf/method/ must obey, on both architectures."""
+
+import inspect
+from copy import deepcopy
+
+import hydra
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NETS, VOCABULARY, defaults, make, shake
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from peftlab.cards import card
+from peftlab.checkpoint import adapter_tensors, load_adapter, save_adapter
+from peftlab.method import NotMergeable, WeightMethod, trainable
+from peftlab.run import NOT_ARGUMENTS
+
+
+def loss_of(net, tokens):
+    logits = net(tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def has_own_tensors(method):
+    return any(True for _ in method.parameters())
+
+
+def test_identity_at_step_0(name, net, tokens, expect_close):
+    base = net(tokens).logits
+    make(name, net).attach(net)
+    expect_close(net(tokens).logits, base)
+
+
+def test_merge_equals_adapted(name, net, tokens, expect_close):
+    keys = set(net.state_dict())
+    base = net(tokens).logits
+    method = make(name, net)
+    method.attach(net)
+    if not has_own_tensors(method):
+        with torch.no_grad():
+            next(p for _, p in trainable(net)).add_(0.1)
+    shake(method)
+    adapted = net(tokens).logits
+    assert (adapted - base).abs().max() > 1e-2  # away from the identity, or the law is vacuous
+    if not method.mergeable:
+        with pytest.raises(NotMergeable):
+            method.merge(net)
+        return
+    method.merge(net)
+    expect_close(net(tokens).logits, adapted)
+    assert set(net.state_dict()) == keys
+    assert not any(len(m._forward_hooks) for m in net.modules())
+
+
+def test_factored_form_equals_literal_form_with_gradients(name, net, tokens, expect_close):
+    method = make(name, net)
+    if not isinstance(method, WeightMethod):
+        pytest.skip("not a map of weights")
+    shake(method)
+    for site, t in list(zip(method.sites, method.tensors, strict=True))[:7]:
+        x = torch.randn(2, 5, site.d_in, requires_grad=True)
+        probe = torch.randn(2, 5, site.d_out)
+        results = []
+        for forward in (method.forward, lambda *a: WeightMethod.forward(method, *a)):
+            for p in (x, *method.parameters()):
+                p.grad = None
+            y = forward(t, site.module, x, site.module(x))
+            (y * probe).sum().backward()
+            grads = [p.grad.clone() for p in (x, *method.parameters()) if p.grad is not None]
+            results.append((y.detach(), *grads))
+        for fast, plain in zip(*results, strict=True):
+            expect_close(fast, plain, atol=1e-4)
+
+
+def test_only_declared_tensors_change(name, net, tokens):
+    method = make(name, net)
+    method.attach(net)
+    shake(method)
+    declared = {n for n, _ in trainable(net)}
+    before = deepcopy(dict(net.state_dict()))
+    optimizer = torch.optim.AdamW([p for _, p in trainable(net)], lr=1e-2)
+    loss_of(net, tokens).backward()
+    optimizer.step()
+    tied = {"lm_head.weight"} if name == "full" else set()  # the embedding's other name
+    changed = {n for n, t in net.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == declared | tied & changed
+    assert all(p.dtype == torch.float32 for _, p in trainable(net))
+
+
+def test_count_equals_the_docstring(name, net):
+    n_params = sum(p.numel() for p in net.parameters())
+    method = make(name, net)
+    method.attach(net)
+    counted = sum(p.numel() for _, p in trainable(net))
+    arguments = {k: v for k, v in defaults(name).items() if k not in NOT_ARGUMENTS}
+    assert card(name).count(method.sites, n_params, arguments) == counted > 0
+
+
+def test_gradient_reaches_every_tensor(name, net, tokens):
+    method = make(name, net)
+    method.attach(net)
+    shake(method)
+    loss_of(net, tokens).backward()
+    for tensor_name, p in trainable(net):
+        assert p.grad is not None and torch.isfinite(p.grad).all(), tensor_name
+        assert p.grad.abs().max() > 0, tensor_name
+
+
+def test_each_tensor_has_one_name_and_no_shared_storage(name, net):
+    make(name, net).attach(net)
+    tensors = [t for n, t in adapter_tensors(net).items() if n.startswith("peft.")]
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
+def test_save_and_load_restore_the_function(name, net, tokens, tmp_path):
+    other = deepcopy(net)
+    method = make(name, net)
+    method.attach(net)
+    shake(method)
+    if not has_own_tensors(method):
+        with torch.no_grad():
+            for _, p in trainable(net):
+                p.mul_(1.1)
+    save_adapter(net, tmp_path / "adapter.safetensors", {})
+    torch.manual_seed(99)
+    make(name, other).attach(other)
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    assert torch.equal(net(tokens).logits, other(tokens).logits)
+
+
+def test_three_steps_lower_the_loss(name, net, tokens):
+    make(name, net).attach(net)
+    optimizer = torch.optim.AdamW([p for _, p in trainable(net)], lr=3e-3)
+    losses = []
+    for _ in range(4):
+        loss = loss_of(net, tokens)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[3] < losses[0]
+
+
+def test_same_seed_same_tensors(name, net):
+    one, two = make(name, net).state_dict(), make(name, net).state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_detach_gives_the_backbone_back(name, net, tokens):
+    base, keys = net(tokens).logits, set(net.state_dict())
+    method = make(name, net)
+    method.attach(net)
+    shake(method)
+    method.detach(net)
+    assert torch.equal(net(tokens).logits, base) and set(net.state_dict()) == keys
+
+
+def test_yaml_is_the_constructor_and_the_runs_three_keys(name):
+    method = defaults(name)
+    target = hydra.utils.get_class(method["_target_"])
+    keywords = set(inspect.signature(target).parameters) - {"sites"}
+    assert set(method) == keywords | set(NOT_ARGUMENTS)
+    assert isinstance(method["lr"], float) and method["lr"] > 0
+
+
+def test_search_is_in_hydras_grammar_and_names_keys_of_this_method(name):
+    method = defaults(name)
+    lines = [f"{key}={values}" for key, values in method["search"].items()]
+    for override in OverridesParser.create().parse_overrides(lines):
+        group, _, key = override.key_or_group.partition(".")
+        assert override.is_sweep_override()
+        assert (group, key) == ("optimizer", "lr") or (group == "method" and key in method)
+
+
+# dynamo itself looks at .grad of tensors that are no leaves
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("kind", NETS)
+def test_compile_takes_as_many_graphs_for_six_layers_as_for_three(name, kind, tokens):
+    counts = {}
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        net = NETS[kind](layers)
+        make(name, net).attach(net)
+        graphs = []
+
+        def count(graph, inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph.forward
+
+        blocks = net.model.layers if kind == "llama" else net.transformer.h
+        for block in blocks:
+            block.compile(backend=count)
+        logits = net(tokens, use_cache=False).logits
+        assert logits.shape == (*tokens.shape, VOCABULARY) and logits.isfinite().all()
+        counts[layers] = len(graphs)
+    assert counts[3] == counts[6] > 0
