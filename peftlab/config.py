@@ -14,6 +14,18 @@ PACKAGE = Path(__file__).parent
 # In a checkout conf/ and sweeps/ lie beside the package, in a wheel inside it.
 HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
+# Keys that `+key=value` could add in vain; the other groups go to constructors, which refuse them.
+KEYS = {
+    "": (
+        *("model", "method", "optimizer", "dataset", "tracking"),
+        *("epochs", "seed", "precision", "batch", "micro_batch", "threads"),
+        *("skip_finished", "study", "output"),
+    ),
+    "model": (
+        *("name", "source", "path", "revision", "sha256"),
+        *("device", "dtype", "attention", "kinds"),
+    ),
+}
 # What does not change the numbers of a run, and so is no part of its identity.
 NOT_IDENTITY = ("tracking", "threads", "skip_finished", "study", "output", "hydra")
 
@@ -65,6 +77,11 @@ def check(resolved: Mapping) -> None:
 
     Raises: InputError naming the key, the value and what is allowed.
     """
+    for group, keys in KEYS.items():
+        for key in resolved[group] if group else resolved:
+            where = f"{group}.{key}" if group else key
+            allowed = f"no such key; {group or 'the config'} has {', '.join(keys)}"
+            require(key in keys, where, (resolved[group] if group else resolved)[key], allowed)
     at_least(resolved, "epochs", 1)
     at_least(resolved, "seed", 0)
     at_least(resolved, "batch", 1)

@@ -213,6 +213,8 @@ def _check(dataset: Mapping[str, Any]) -> None:
     for key in KEYS:
         if key not in dataset:
             raise InputError(f"dataset.{key}: missing; see the comments in conf/dataset/bfcl.yaml")
+    for key in dataset:
+        require(key in KEYS, f"dataset.{key}", dataset[key], f"no such key; has {', '.join(KEYS)}")
 
     def check(key: str, ok: bool, allowed: str) -> None:
         require(ok, f"dataset.{key}", dataset[key], allowed)

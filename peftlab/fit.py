@@ -89,8 +89,8 @@ def fit(
 ) -> Iterator[Row]:
     """Train on from `progress`; yield a Row per optimizer step and per evaluated split.
 
-    loss: nats_of, or another form of it. factor: of each group's peak lr, by step. stop: asked between steps and between batches of an
-    evaluation. autocast: multiply in bf16.
+    loss: nats_of, or another form of it. factor: of each group's peak lr, by step. stop: asked
+    between steps and between batches of an evaluation. autocast: multiply in bf16.
     Raises: Diverged; Stopped, with `progress` as it was at the last yield.
     """
     params = [p for _, p in trainable(net)]

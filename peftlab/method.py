@@ -70,15 +70,13 @@ def trainable(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in net.named_parameters() if p.requires_grad)
 
 
-class WeightMethod(Method):
-    """Maps each site's frozen W to W'.
+class SiteMethod(Method):
+    """Changes the output of each site.
 
-    A subclass declares its tensors with `own`, `tied` and `fixed`, then states the map in
-    `weight`. `weight` and `forward` receive t, the site's tensors by name: the same code serves
-    own and tied tensors, and one compiled graph serves all layers.
+    A subclass declares its tensors with `own`, `tied` and `fixed`, then states the change in
+    `forward`, which receives t, the site's tensors by name: the same code serves own and tied
+    tensors, and one compiled graph serves all layers.
     """
-
-    mergeable = True
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites)
@@ -107,25 +105,41 @@ class WeightMethod(Method):
             setattr(t, name, made[k])
         setattr(self, name, holder)
 
-    def weight(self, t: SimpleNamespace, W: Tensor) -> Tensor:
-        """Map frozen W [d_out, d_in], float32, to W' of the same shape: the definition."""
-        raise NotImplementedError
-
     def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-        """Map input x [..., d_in] and frozen output y [..., d_out] to y' [..., d_out].
-
-        This is the literal form, which holds a dense W' until backward; override it with a
-        factored form of the same map. The laws hold the two equal.
-        """
-        with full_precision(x):
-            W = self.weight(t, site.weight.float())
-        return F.linear(x, W, site.bias)
+        """Map input x [..., d_in] and frozen output y [..., d_out] to y' [..., d_out]."""
+        raise NotImplementedError
 
     def attach(self, backbone: nn.Module) -> None:
         """Freeze the backbone and hook every site."""
         super().attach(backbone)
         for site, t in zip(self.sites, self.tensors, strict=True):
             self.handles.append(site.module.register_forward_hook(partial(_rewrite, self, t)))
+
+
+def _rewrite(method: SiteMethod, t: SimpleNamespace, site: nn.Module, args: tuple, y: Tensor):
+    return method(t, site, args[0], y)
+
+
+class WeightMethod(SiteMethod):
+    """Maps each site's frozen W to W': a SiteMethod that a dense weight can express.
+
+    A subclass states the map in `weight`, once; forward pass and merge both follow from it.
+    """
+
+    mergeable = True
+
+    def weight(self, t: SimpleNamespace, W: Tensor) -> Tensor:
+        """Map frozen W [d_out, d_in], float32, to W' of the same shape: the definition."""
+        raise NotImplementedError
+
+    def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        """Apply W' literally, which holds a dense W' until backward.
+
+        Override it with a factored form of the same map. The laws hold the two equal.
+        """
+        with full_precision(x):
+            W = self.weight(t, site.weight.float())
+        return F.linear(x, W, site.bias)
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
@@ -134,10 +148,6 @@ class WeightMethod(Method):
             W = site.module.weight
             W.copy_(self.weight(t, W.float()))
         self.detach(backbone)
-
-
-def _rewrite(method: WeightMethod, t: SimpleNamespace, site: nn.Module, args: tuple, y: Tensor):
-    return method(t, site, args[0], y)
 
 
 class LowRank(WeightMethod):

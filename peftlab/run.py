@@ -75,7 +75,7 @@ def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> 
         _same_run(header["run_id"], config, folder)
         n_rows = header["rows"]
         warn(f"going on from step {progress.step} of {parts.total_steps}")
-    _write_inputs(config, folder, n_rows)
+    _cut_rows(rows, n_rows)
     result = _facts(config, parts, trial)
     tracker.start(
         config=dict(config),
@@ -88,6 +88,8 @@ def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> 
         model=result["model"]["name"],
         dataset=result["dataset"]["name"],
     )
+    (folder / "result.json").unlink(missing_ok=True)
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     device = next(parts.net.parameters()).device
     reset_peak(device)
     warn(f"loaded in {time.perf_counter() - started:.1f} s")
@@ -275,13 +277,10 @@ def _same_run(found: str, config: Mapping, folder: Path) -> None:
     )
 
 
-def _write_inputs(config: Mapping, folder: Path, n_rows: int) -> None:
-    """Write config.yaml, and cut rows.jsonl back to the rows that the checkpoint knows."""
-    (folder / "result.json").unlink(missing_ok=True)
-    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
-    path = folder / "rows.jsonl"
-    known = path.read_text().splitlines(keepends=True)[:n_rows] if n_rows else []
-    write_atomic(path, "".join(known))
+def _cut_rows(path: Path, n_rows: int) -> None:
+    """Cut rows.jsonl back to the rows that the checkpoint knows; a kill may have torn the last."""
+    if path.exists():
+        write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[:n_rows]))
 
 
 def _write_result(folder: Path, result: Mapping) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +38,8 @@ def train(overrides: list[str]) -> int:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(_explain(error, overrides)) from error
+        except OSError as error:  # a folder that cannot be made, a disk that is full
+            raise InputError(f"{error.filename or 'output'}: {error.strerror}") from error
     if _refused:
         raise _refused.pop()
     return 0
@@ -88,7 +91,10 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     text = " ".join(str(error).split())
     unknown = re.match(r"Could not override '([^']+)'", text)
     if not unknown:
-        return text
+        unreadable = next((word for word in overrides if not _parses(word)), None)
+        if unreadable is None:
+            return text
+        return f"{unreadable}: not KEY=VALUE in Hydra's grammar; quote text: 'KEY=\"a {{b}} c\"'"
     key = unknown[1]
     given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
     parent, _, last = key.rpartition(".")
@@ -100,6 +106,13 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     near = difflib.get_close_matches(last, keys, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{given}: no such key{hint}; {parent or 'the config'} has {', '.join(keys)}"
+
+
+def _parses(word: str) -> bool:
+    try:
+        return word.startswith("-") or bool(OverridesParser.create().parse_override(word))
+    except HydraException:
+        return False
 
 
 def _composed(overrides: list[str]) -> DictConfig:

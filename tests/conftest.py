@@ -1,11 +1,14 @@
 """Two tiny backbones, and a fixture that runs over every method and both of them."""
 
+import json
 import os
+from pathlib import Path
 
 # One thread each: the suite shares two cores with the processes it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hydra
 import pytest
 import torch
 import yaml
@@ -14,10 +17,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from peftlab.backbone import conv1d_to_linear
 from peftlab.cards import method_names
-from peftlab.config import HOME
+from peftlab.config import HOME, resolve
 from peftlab.method import Method
 from peftlab.run import NOT_ARGUMENTS, _instantiate
 from peftlab.sites import FAMILIES, find_sites
+from peftlab.train import CONF
 
 VOCABULARY = 11
 
@@ -117,3 +121,40 @@ def expect_close():
         torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
 
     return check
+
+
+ROWS = [
+    {"prompt": f"{a} and {b} make ", "completion": f"{a + b}." + " Count again." * (a % 4)}
+    for a in range(8)
+    for b in range(4)
+]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Thirty-two short rows with a prompt and a completion."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def compose(rows_file: Path):
+    """Resolve the config of a run on tiny_gpt2 and `rows_file`, with more overrides."""
+
+    def make_config(*overrides: str) -> dict:
+        small = [
+            "model=tiny_gpt2",
+            "dataset=local",
+            f"dataset.path={rows_file}",
+            "dataset.test_size=8",
+            "tracking=none",
+            "precision=fp32",
+            "threads=1",
+            "batch=4",
+            "epochs=2",
+        ]
+        with hydra.initialize_config_dir(CONF, version_base="1.3"):
+            return resolve(hydra.compose("config", [*small, *overrides]))
+
+    return make_config

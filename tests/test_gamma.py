@@ -1,6 +1,7 @@
 """The γ laws: boosting a factor is a larger learning rate for it, exactly, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ FAMILY = [
 ]
 
 
-def doubled(name: str, **settings: object) -> tuple[nn.Module, Method]:
+def doubled(name: str, **settings: object) -> tuple[nn.Module, Any]:
     """A tiny GPT-2 with the method attached, all of it float64."""
     net = tiny_gpt2(layers=2)
-    method = make(name, net, **settings)
+    method: Any = make(name, net, **settings)
     method.attach(net)
     net.double()
     for t in method.tensors:
@@ -74,7 +75,7 @@ def copy_unboosted(boosted: Method, plain: Method, factors: dict[str, float]) ->
             large.copy_(small * factors.get(name, 1.0))
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
+def train(net: Any, optimizer: torch.optim.Optimizer, steps: int) -> Tensor:
     """Train on fixed batches; return the logits before, midway and after."""
     generator = torch.Generator().manual_seed(8)
     batches = torch.randint(net.config.vocab_size, (steps, 3, 7), generator=generator)

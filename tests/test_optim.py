@@ -1,6 +1,7 @@
 """The schedule by hand, and LoRA+'s groups."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_schedule_is_0_after_the_last_step_and_not_before(name, steps):
     assert factors[rising:] == sorted(factors[rising:], reverse=True)
 
 
-def attached(name, **settings):
+def attached(name, **settings) -> tuple[Any, Any]:
     net = tiny_llama()
     method = make(name, net, **settings)
     method.attach(net)

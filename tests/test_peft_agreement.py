@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from peftlab.method import Method
 from peftlab.optim import lora_plus
 from peftlab.sites import FAMILIES
 
 # peft 0.21 asks transformers 5.23 by a name that is going away
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-ALPHA = 6.0
+ALPHA = 6
 OURS = {  # our method and its settings, rank 4 as in conftest
     "lora": ("lora", {"alpha": ALPHA}),
     "rslora": ("rslora", {"alpha": ALPHA}),
@@ -29,7 +28,7 @@ OURS = {  # our method and its settings, rank 4 as in conftest
     "vera": ("vera", {}),
     "pissa": ("pissa", {"alpha": ALPHA}),
 }
-THEIRS = {  # peft's settings for the same
+THEIRS: dict[str, dict[str, Any]] = {  # peft's settings for the same
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
@@ -47,7 +46,7 @@ class Twin(NamedTuple):
     sign: Tensor
 
 
-def unmodified(net: nn.Module) -> nn.Module:
+def unmodified(net: Any) -> nn.Module:
     """The same function in the classes that transformers builds: GPT-2 with its Conv1D again."""
     if net.config.model_type != "gpt2":
         return deepcopy(net)
@@ -60,10 +59,10 @@ def unmodified(net: nn.Module) -> nn.Module:
     return plain
 
 
-def hf_peft(case: str, net: nn.Module, dropout: float) -> nn.Module:
+def hf_peft(case: str, net: Any, dropout: float) -> Any:
     """peft's own adapter on an unmodified copy of the backbone."""
     family = net.config.model_type
-    common = {
+    common: dict[str, Any] = {
         "r": 4,
         "target_modules": list(FAMILIES[family].values()),
         "fan_in_fan_out": family == "gpt2",
@@ -76,7 +75,7 @@ def hf_peft(case: str, net: nn.Module, dropout: float) -> nn.Module:
     return get_peft_model(unmodified(net), config).eval()
 
 
-def twins_of(method: Method, theirs: nn.Module) -> list[Twin]:
+def twins_of(method: Any, theirs: Any) -> list[Twin]:
     found = []
     for site, t in zip(method.sites, method.tensors, strict=True):
         layer = theirs.base_model.model.get_submodule(site.name)
@@ -106,15 +105,15 @@ def agree(twins: list[Twin]) -> None:
         twin.theirs.copy_(twin.sign * twin.ours)
 
 
-def pair(case: str, net: nn.Module, dropout: float = 0.0) -> tuple[Method, nn.Module, list[Twin]]:
+def pair(case: str, net: nn.Module, dropout: float = 0.0) -> tuple[Any, Any, list[Twin]]:
     """Our method, attached to `net`, and peft's at their own starts; random factors are common."""
     theirs = hf_peft(case, net, dropout)
     name, settings = OURS[case]
     method = make(name, net, dropout=dropout, **settings)
     method.attach(net)
     if case == "vera":
-        method.A.copy_(theirs.base_model.vera_A["default"])
-        method.B.copy_(theirs.base_model.vera_B["default"])
+        method.get_buffer("A").copy_(theirs.base_model.vera_A["default"])
+        method.get_buffer("B").copy_(theirs.base_model.vera_B["default"])
     twins = twins_of(method, theirs)
     for twin in twins:
         if case == "pissa" or not twin.name.endswith("A"):  # all that is not drawn at random
@@ -160,18 +159,21 @@ def test_outputs_and_gradients_are_pefts(case, net, tokens):
     loss_of(net, tokens).backward()
     loss_of(theirs, tokens).backward()
     for twin in twins:
-        assert twin.ours.grad.abs().max() > 1e-5, twin.name
-        close(twin.theirs.grad, twin.sign * twin.ours.grad)
+        theirs_grad, ours_grad = twin.theirs.grad, twin.ours.grad
+        assert theirs_grad is not None and ours_grad is not None, twin.name
+        assert ours_grad.abs().max() > 1e-5, twin.name
+        close(theirs_grad, twin.sign * ours_grad)
 
 
 def test_twenty_adamw_steps_are_pefts(case, net, tokens):
     _, theirs, twins = pair(case, net)
     before = [twin.ours.detach().clone() for twin in twins]
     # PiSSA's two ways to hold W - s B0 A0 round differently, so it walks at its own smaller lr
-    settings = {"lr": 2e-4 if case == "pissa" else 1e-3, "weight_decay": 0.1}
+    lr = 2e-4 if case == "pissa" else 1e-3
     losses = []
     for model, params in ((net, [t.ours for t in twins]), (theirs, [t.theirs for t in twins])):
-        losses.append(list(train(model, torch.optim.AdamW(params, **settings), tokens, 20)))
+        optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.1)
+        losses.append(list(train(model, optimizer, tokens, 20)))
     assert losses[0] == pytest.approx(losses[1], abs=TOLERANCE)
     assert losses[0][-1] < losses[0][0] - 1e-3
     close(theirs(input_ids=tokens).logits, net(tokens).logits)

@@ -48,7 +48,7 @@ def test_change_has_at_most_the_rank():
         assert torch.linalg.matrix_rank(method.weight(t, W) - W, atol=1e-4) == 3
 
 
-def test_A_is_uniform_up_to_one_over_the_root_of_the_fan_in():
+def test_a_is_uniform_up_to_one_over_the_root_of_the_fan_in():
     method = make("lora", tiny_llama(), rank=8)
     for kind, d_in in (("q", 16), ("down", 24)):
         drawn = torch.cat(
