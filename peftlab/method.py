@@ -81,6 +81,7 @@ class SiteMethod(Method):
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites)
         self.tensors = tuple(SimpleNamespace() for _ in self.sites)
+        self.keys: dict[str, list[str]] = {}  # name -> each site's key in the module of that name
 
     def own(self, name: str, make: Callable[[Site], Tensor]) -> None:
         """Give every site its own trainable tensor `name`, float32."""
@@ -95,15 +96,25 @@ class SiteMethod(Method):
         self._declare(name, make, lambda site: site.name, partial(nn.Buffer, persistent=stored))
 
     def _declare(self, name: str, make: Callable, key: Callable, wrap: Callable) -> None:
-        made: dict[str, Tensor] = {}
         holder = nn.Module()
-        for site, t in zip(self.sites, self.tensors, strict=True):
-            k = key(site).replace(".", "/")  # names of tensors have no dots
-            if k not in made:
-                made[k] = wrap(make(site).detach().float().to(site.module.weight.device))
-                setattr(holder, k, made[k])
-            setattr(t, name, made[k])
+        self.keys[name] = [key(site).replace(".", "/") for site in self.sites]  # no dots in names
+        for site, k in zip(self.sites, self.keys[name], strict=True):
+            if not hasattr(holder, k):
+                tensor = make(site).detach().float()
+                setattr(holder, k, wrap(tensor.to(site.module.weight.device)))
         setattr(self, name, holder)
+        self._link(name)
+
+    def _link(self, name: str) -> None:
+        for t, k in zip(self.tensors, self.keys[name], strict=True):
+            setattr(t, name, getattr(getattr(self, name), k))
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Link anew what a cast or a move (`.double()`, `.to()`) replaced by another tensor."""
+        super()._apply(fn, recurse)
+        for name in self.keys:
+            self._link(name)
+        return self
 
     def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
         """Map input x [..., d_in] and frozen output y [..., d_out] to y' [..., d_out]."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from peftlab.errors import InputError, require
+from peftlab.config import number
+from peftlab.errors import InputError
 
 
 def lora_plus(
@@ -16,12 +17,12 @@ def lora_plus(
 
     Hayou, Ghosh and Yu 2024, arXiv:2402.12354. The factor is known by its value before the first
     step, so that every method with one is served, whatever its tensors are called.
-    Raises: InputError if no tensor, or every one, starts at 0.
+    Raises: InputError if no matrix, or every one, starts at 0.
     """
-    require(ratio > 0, "optimizer.ratio", ratio, "a number above 0")
+    number({"optimizer.ratio": ratio}, "optimizer.ratio", above=0)
     fast = [p for p in params if p.ndim == 1 or not p.detach().any()]
     slow = [p for p in params if not any(p is q for q in fast)]
-    if not fast or not slow:
+    if not slow or not any(p.ndim > 1 for p in fast):
         raise InputError(
             "optimizer=loraplus: this method has no pair of a random factor and one that starts "
             "at 0; use optimizer=adamw"

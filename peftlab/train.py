@@ -32,7 +32,9 @@ def train(overrides: list[str]) -> int:
 
     Raises: InputError for a config that cannot be composed or that the run refuses.
     """
-    sys.argv = [sys.argv[0], *overrides]
+    multirun = [word for word in overrides if word in ("-m", "--multirun")]
+    others = [word for word in overrides if word not in multirun]
+    sys.argv = [sys.argv[0], *multirun, *others]  # Hydra reads no flag between two overrides
     with _exceptions_come_out():
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()

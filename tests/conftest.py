@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 # One thread each: the suite shares two cores with the processes it starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,6 +59,8 @@ def tiny_gpt2(layers: int = 3) -> GPT2LMHeadModel:
         attn_pdrop=0.0,
         initializer_range=0.3,
         attn_implementation="eager",
+        bos_token_id=None,
+        eos_token_id=None,
     )
     net = GPT2LMHeadModel(config).eval().requires_grad_(False)
     conv1d_to_linear(net)
@@ -78,7 +81,7 @@ def defaults(name: str) -> dict:
     return method | {k: v for k, v in (sizes | gentle).items() if k in method}
 
 
-def make(name: str, net: nn.Module, **changes: object) -> Method:
+def make(name: str, net: nn.Module, **changes: object) -> Any:
     """Build method `name` for a tiny backbone; not attached."""
     method = defaults(name) | changes
     torch.manual_seed(3)

@@ -44,7 +44,7 @@ def same_function(one: nn.Module, other: nn.Module, base: nn.Module, tokens: Ten
     frozen = base(tokens).logits
     logits, expected = one(tokens).logits, other(tokens).logits
     assert (expected - frozen).abs().max() > 0.1  # away from the identity
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def loss_of(net: nn.Module, tokens: Tensor) -> Tensor:

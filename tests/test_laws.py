@@ -195,3 +195,18 @@ def test_compile_takes_as_many_graphs_for_six_layers_as_for_three(name, kind, to
         assert logits.shape == (*tokens.shape, VOCABULARY) and logits.isfinite().all()
         counts[layers] = len(graphs)
     assert counts[3] == counts[6] > 0
+
+
+def test_a_cast_reaches_what_the_sites_see(name, net, tokens, expect_close):
+    method = make(name, net)
+    method.attach(net)
+    shake(method)
+    expected = net(tokens).logits
+    net.double()
+    assert all(
+        tensor.dtype == torch.float64
+        for t in getattr(method, "tensors", ())
+        for tensor in vars(t).values()
+        if isinstance(tensor, torch.Tensor)
+    )
+    expect_close(net(tokens).logits.float(), expected)

@@ -154,3 +154,11 @@ def test_the_yaml_builds_it_over_all_that_trains():
     for group in (slow, fast):
         assert tuple(group["betas"]) == (0.9, 0.95) and group["eps"] == 1e-7
         assert group["weight_decay"] == 0.01 and group["fused"] is True
+
+
+def test_lora_plus_refuses_full_fine_tuning_and_an_infinite_ratio():
+    vectors = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 3))]
+    with pytest.raises(InputError, match="optimizer=loraplus"):
+        lora_plus(vectors, lr=1e-3, ratio=16.0)
+    with pytest.raises(InputError, match="optimizer.ratio=inf"):
+        lora_plus(vectors, lr=1e-3, ratio=float("inf"))

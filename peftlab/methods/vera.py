@@ -38,10 +38,11 @@ class VeRA(LowRank):
         self.A = nn.Buffer(nn.init.kaiming_uniform_(torch.empty(shape_A)).to(device))
         self.B = nn.Buffer(nn.init.kaiming_uniform_(torch.empty(shape_B)).to(device))
         for site, t in zip(self.sites, self.tensors, strict=True):
-            t.A, t.B = self.A[:, : site.d_in], self.B[: site.d_out]
+            t.d_in = site.d_in
         self.own("d", lambda s: constant(rank, value=d_initial))
         self.own("b", lambda s: torch.zeros(s.d_out))
 
     def factors(self, t: SimpleNamespace) -> tuple[Tensor, Tensor]:
         """Down = diag(d) A, up = diag(b) B."""
-        return t.d[:, None] * t.A, t.b[:, None] * t.B
+        A, B = self.A[:, : t.d_in], self.B[: t.b.numel()]
+        return t.d[:, None] * A, t.b[:, None] * B
