@@ -51,7 +51,7 @@ def test_an_online_run(tmp_path, rows_file, stub):
 
 
 def test_a_sweep_is_one_group_and_a_diverged_trial_no_failure(tmp_path, rows_file, stub):
-    more = ("-m", "study=mine", "method=lora", "optimizer.lr=1e-3,1.0")
+    more = ("-m", "study=mine", "method=lora", "optimizer.lr=1e-3,1e4")
     done = train(tmp_path, rows_file, stub.url, *more)
     assert done.returncode == 0, done.stderr
     runs = sorted(stub.runs.values(), key=lambda run: run.fields["displayName"])
@@ -60,7 +60,7 @@ def test_a_sweep_is_one_group_and_a_diverged_trial_no_failure(tmp_path, rows_fil
     assert {run.fields["jobType"] for run in runs} == {"sweep"}
     assert [run.summary["status"] for run in runs] == ["completed", "diverged"]
     assert [run.exit_code for run in runs] == [0, 0]
-    assert [run.config["optimizer"]["lr"] for run in runs] == [1e-3, 1.0]
+    assert [run.config["optimizer"]["lr"] for run in runs] == [1e-3, 1e4]
 
 
 def test_without_a_key_it_is_offline_and_sync_uploads_it(tmp_path, rows_file, stub):
