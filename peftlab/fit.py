@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from peftlab.bits import Tally, linear_nll, nll
 from peftlab.data import Batch, Data, Split
 from peftlab.flops import FlopCounter
-from peftlab.method import trainable
+from peftlab.method import Method, attached, trainable
 
 
 class Diverged(Exception):
@@ -95,6 +95,7 @@ def fit(
     """
     params = [p for _, p in trainable(net)]
     device = params[0].device
+    method = attached(net)
     peak = [group["lr"] for group in optimizer.param_groups]
 
     def forward(batch: Batch) -> Tensor:
@@ -138,7 +139,7 @@ def fit(
                 raise Stopped
             started = time.perf_counter()
             with FlopCounter() if progress.step == 0 else nullcontext() as counter:
-                step = _accumulate(forward, micro_batches)
+                step = _accumulate(forward, micro_batches, method)
             _check_finite(step.nats, "loss")
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
             _check_finite(norm.item(), "gradient")
@@ -147,6 +148,7 @@ def fit(
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * factor(progress.step)
             optimizer.step()
+            method.after_step(progress.step + 1, epochs * data.n_steps)
             optimizer.zero_grad(set_to_none=True)
             if counter is not None:
                 progress.flops = counter.total
@@ -169,8 +171,13 @@ def fit(
             )
 
 
-def _accumulate(forward: Callable[[Batch], Tensor], micro_batches: list[Batch]) -> Tally:
+def _accumulate(
+    forward: Callable[[Batch], Tensor], micro_batches: list[Batch], method: Method
+) -> Tally:
     """Backward through all micro-batches, each weighted by its targets: the full batch's mean."""
+    penalty = method.penalty()
+    if penalty is not None:
+        penalty.backward()
     n_targets = sum(batch.n_targets for batch in micro_batches)
     tally = Tally()
     for batch in micro_batches:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from peftlab.errors import require
 from peftlab.sites import Site
+
+if TYPE_CHECKING:
+    from peftlab.data import Batch
 
 
 class NotMergeable(TypeError):
@@ -48,6 +52,22 @@ class Method(nn.Module):
             handle.remove()
         self.handles.clear()
         del backbone.peft
+
+    def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
+        """Look at the training data once, attached, before the optimizer is built.
+
+        nats: differentiable sum of nats of a batch. batches: all of the train split.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """Return what is added to the mean nats per target of a step, if anything."""
+        return None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Act on the trained tensors after optimizer step `step` of `total`, from 1.
+
+        Gradients are still there.
+        """
 
     def merge(self, backbone: nn.Module) -> None:
         """Write the method into the backbone's weights and detach. There is no way back: reload.
@@ -143,21 +163,28 @@ class WeightMethod(SiteMethod):
         """Map frozen W [d_out, d_in], float32, to W' of the same shape: the definition."""
         raise NotImplementedError
 
+    def bias(self, t: SimpleNamespace, b: Tensor) -> Tensor:
+        """Map the frozen bias b [d_out], float32, to b'; as it is, for most."""
+        return b
+
     def forward(self, t: SimpleNamespace, site: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-        """Apply W' literally, which holds a dense W' until backward.
+        """Apply W' and b' literally, which holds a dense W' until backward.
 
         Override it with a factored form of the same map. The laws hold the two equal.
         """
         with full_precision(x):
             W = self.weight(t, site.weight.float())
-        return F.linear(x, W, site.bias)
+            b = None if site.bias is None else self.bias(t, site.bias.float())
+        return F.linear(x, W, b)
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
-        """Write every W', computed in float32, and detach."""
+        """Write every W' and b', computed in float32, and detach."""
         for site, t in zip(self.sites, self.tensors, strict=True):
-            W = site.module.weight
+            W, b = site.module.weight, site.module.bias
             W.copy_(self.weight(t, W.float()))
+            if b is not None:
+                b.copy_(self.bias(t, b.float()))
         self.detach(backbone)
 
 

@@ -23,16 +23,16 @@ from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftlab.backbone import Backbone, load_backbone
 from peftlab.checkpoint import load_state, save_adapter, save_state
 from peftlab.config import check, method_name, run_id
-from peftlab.data import Data, load_data
+from peftlab.data import Batch, Data, load_data
 from peftlab.errors import InputError, require
 from peftlab.files import write_atomic
-from peftlab.fit import Diverged, Progress, Row, Stopped, fit, nats_of, nats_of_logits
+from peftlab.fit import Diverged, Progress, Row, Stopped, fit
 from peftlab.memory import peak_bytes, reset_peak
 from peftlab.merging import merge_check
 from peftlab.method import Method, trainable
@@ -162,7 +162,7 @@ class Parts:
             self.optimizer,
             factor,
             progress,
-            loss=nats_of if self.backbone.linear_logits else nats_of_logits,
+            loss=self.backbone.loss,
             epochs=self.config["epochs"],
             clip=optimizer["clip"],
             autocast=self.config["precision"] == "bf16",
@@ -187,8 +187,20 @@ def assemble(config: Mapping) -> Parts:
     torch.manual_seed(config["seed"])  # of the method's initial tensors and of dropout
     method = build_method(config["method"], backbone)
     method.attach(backbone.net)
+    prepare(method, config, backbone, data)
     optimizer = build_optimizer(config["optimizer"], backbone.net)
     return Parts(config, backbone, data, method, optimizer, data.n_steps * config["epochs"])
+
+
+def prepare(method: Method, config: Mapping, backbone: Backbone, data: Data) -> None:
+    """Let the attached method look at the training data, in the precision of the run."""
+    device = next(backbone.net.parameters()).device
+
+    def nats(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
+            return backbone.loss(backbone.net, batch.to(device))
+
+    method.prepare(nats, data.batches(data.train))
 
 
 def build_method(method: Mapping, backbone: Backbone) -> Method:

@@ -12,7 +12,6 @@ from peftlab.backbone import load_backbone
 from peftlab.bits import IGNORE
 from peftlab.data import Batch
 from peftlab.errors import InputError
-from peftlab.fit import nats_of, nats_of_logits
 from peftlab.sites import FAMILIES, find_sites, kinds_of
 
 SIZES = dict(
@@ -90,10 +89,9 @@ def test_every_family_loads_and_has_its_sites(name, tmp_path):
     ids = torch.tensor([[1, 5, 9, 3, 2]])
     batch = Batch(ids, torch.tensor([[5, 9, IGNORE, 2, 4]]), None, 5)
     torch.testing.assert_close(backbone.net(ids).logits, net(ids).logits, rtol=1e-4, atol=1e-5)
-    loss = nats_of if backbone.linear_logits else nats_of_logits
     logits = net(ids).logits[0, [0, 1, 3, 4]]
     expected = -logits.log_softmax(-1)[range(4), [5, 9, 2, 4]].sum()
-    torch.testing.assert_close(loss(backbone.net, batch), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backbone.loss(backbone.net, batch), expected, rtol=1e-5, atol=1e-5)
     assert backbone.linear_logits == (name != "Gemma2")  # which caps its logits
     assert not any(p.requires_grad for p in backbone.net.parameters())
 
