@@ -83,7 +83,8 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
     require(attention in known, "model.attention", attention, "auto, eager or sdpa")
     device = resolve_device(model["device"])
     if attention == "auto":
-        attention = "eager" if device.type == "cpu" and block_length <= SHORT else "sdpa"
+        short = device.type == "cpu" and block_length <= SHORT
+        attention = "eager" if short else None  # None: sdpa for every model that has it
     folder, source, sha256 = _locate(model)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

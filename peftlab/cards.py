@@ -17,6 +17,7 @@ from rich.table import Table
 
 from peftlab.config import HOME, PACKAGE
 from peftlab.errors import InputError
+from peftlab.sizes import kron_sizes, thin
 
 if TYPE_CHECKING:
     from peftlab.sites import Site
@@ -37,7 +38,10 @@ class Card:
     defaults: str  # the YAML
 
     def count(self, sites: Iterable["Site"], n_params: int, arguments: Mapping) -> int:
-        """Trained parameters by the closed form, for sites of a model of n_params parameters."""
+        """Trained parameters by the closed form, for sites of a model of n_params parameters.
+
+        arguments: the constructor's keywords, and the model's numbers that the formula names.
+        """
         sites = list(sites)
         groups = list({site.group: site for site in sites}.values())
         units = {"site": sites, "group": groups, "model": [None]}
@@ -45,11 +49,15 @@ class Card:
         for unit, formula in self.trainable.items():
             for site in units[unit]:
                 names = {"n_params": n_params, "min": min, "max": max, **arguments}
+                names |= {"kron_sizes": kron_sizes, "thin": thin}
                 if site is not None:
                     names |= {
+                        "kind": site.kind,
+                        "n_rows": site.n_rows,
                         "d_in": site.d_in,
                         "d_out": site.d_out,
                         "k": min(site.d_in, site.d_out),
+                        "biased": site.module.bias is not None,
                     }
                 total += eval(formula, {"__builtins__": {}}, names)  # our own docstring
         return total
@@ -97,7 +105,10 @@ def show_methods(name: str | None) -> int:
         counts = "\n".join(f"{formula} per {unit}" for unit, formula in found.trainable.items())
         table.add_row(found.name, found.equation, counts, found.source)
     console.print(table)
-    console.print("group: all sites of one kind and shape; d_in, d_out: the sides of a site's W")
+    console.print(
+        "group: all sites of one kind and shape; d_in, d_out: the sides of a site's W; "
+        "n_rows: its rows, of one W for q, k and v those of the kinds in `sites`"
+    )
     return 0
 
 

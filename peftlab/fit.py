@@ -7,7 +7,7 @@ run as if it had never stopped.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import cast
@@ -74,6 +74,28 @@ def nats_of_logits(net: PreTrainedModel, batch: Batch) -> Tensor:
     return nll(out.logits, batch.targets)
 
 
+def evaluate(
+    net: PreTrainedModel,
+    batches: Sequence[Batch],
+    loss: Callable[[PreTrainedModel, Batch], Tensor],
+    *,
+    autocast: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tally:
+    """Sum nats and targets over `batches` in eval mode. Raises: Stopped when `stop` says so."""
+    net.eval()
+    device = next(net.parameters()).device
+    tally = Tally()
+    with torch.no_grad():
+        for batch in batches:
+            if stop():
+                raise Stopped
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                nats = loss(net, batch.to(device))
+            tally.add(nats.item(), batch.n_targets)
+    return tally
+
+
 def fit(
     net: PreTrainedModel,
     data: Data,
@@ -81,6 +103,7 @@ def fit(
     factor: Callable[[int], float],
     progress: Progress,
     *,
+    base: tuple[Tally, Tally],
     loss: Callable[[PreTrainedModel, Batch], Tensor],
     epochs: int,
     clip: float | None,
@@ -89,8 +112,9 @@ def fit(
 ) -> Iterator[Row]:
     """Train on from `progress`; yield a Row per optimizer step and per evaluated split.
 
-    loss: nats_of, or another form of it. factor: of each group's peak lr, by step. stop: asked
-    between steps and between batches of an evaluation. autocast: multiply in bf16.
+    base: the frozen model's tallies of train and test split. loss: nats_of, or another form of
+    it. factor: of each group's peak lr, by step. stop: asked between steps and between batches of
+    an evaluation. autocast: multiply in bf16.
     Raises: Diverged; Stopped, with `progress` as it was at the last yield.
     """
     params = [p for _, p in trainable(net)]
@@ -102,17 +126,11 @@ def fit(
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return loss(net, batch.to(device))
 
-    def evaluate(split: Split) -> Tally:
-        net.eval()
-        tally = Tally()
-        with torch.no_grad():
-            for batch in data.batches(split):
-                if stop():
-                    raise Stopped
-                tally.add(forward(batch).item(), batch.n_targets)
-        return tally
+    def whole(split: Split) -> Tally:
+        return evaluate(net, data.batches(split), loss, autocast=autocast, stop=stop)
 
-    def evaluated(split: str, tally: Tally) -> Row:
+    def scored(split: str, tally: Tally) -> Row:
+        _check_finite(tally.nats, f"loss of the {split} split")
         bits = tally.bits_per_token
         return Row(progress.step, progress.tokens, done, "eval", split, bits, tally.targets)
 
@@ -122,15 +140,14 @@ def fit(
         # Before the first step, and once after each epoch.
         if len(progress.test) <= done and progress.step % data.n_steps == 0:
             if done in (0, epochs) and len(progress.train) <= (done == epochs):
-                train = evaluate(data.train)
-                _check_finite(train.nats, "loss of the train split")
+                train = whole(data.train) if done else base[0]
                 progress.train.append(train)
-                yield evaluated("train", train)
-            test = evaluate(data.test)
+                yield scored("train", train)
+            test = whole(data.test) if done else base[1]
             if done:
                 progress.epochs[-1]["test_bits_per_token"] = test.bits_per_token
             progress.test.append(test)
-            yield evaluated("test", test)
+            yield scored("test", test)
         if done == epochs:
             return
         net.train()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.errors import require
-from peftlab.sites import Site
+from peftlab.sites import FUSED, Site
 
 if TYPE_CHECKING:
     from peftlab.data import Batch
@@ -35,9 +35,13 @@ class Method(nn.Module):
     """
 
     mergeable = False
+    parts = False  # whether the method keeps to a site's `rows`, if it has some
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
+        for site in sites:
+            allowed = f"here only rows of {FUSED}, and {type(self).__name__} changes whole layers"
+            require(self.parts or site.rows is None, "method.sites", site.kind, allowed)
         self.sites = tuple(sites)  # a plain tuple: the backbone is not registered a second time
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -140,11 +144,16 @@ class SiteMethod(Method):
         """Map input x [..., d_in] and frozen output y [..., d_out] to y' [..., d_out]."""
         raise NotImplementedError
 
+    def place(self, backbone: nn.Module, site: Site) -> nn.Module:
+        """Return the module whose input x and output y `forward` is given: the site, for most."""
+        return site.module
+
     def attach(self, backbone: nn.Module) -> None:
-        """Freeze the backbone and hook every site."""
+        """Freeze the backbone and hook the place of every site."""
+        places = [self.place(backbone, site) for site in self.sites]  # may refuse: first of all
         super().attach(backbone)
-        for site, t in zip(self.sites, self.tensors, strict=True):
-            self.handles.append(site.module.register_forward_hook(partial(_rewrite, self, t)))
+        for place, t in zip(places, self.tensors, strict=True):
+            self.handles.append(place.register_forward_hook(partial(_rewrite, self, t)))
 
 
 def _rewrite(method: SiteMethod, t: SimpleNamespace, site: nn.Module, args: tuple, y: Tensor):
@@ -224,12 +233,19 @@ class SelectMethod(Method):
         raise NotImplementedError
 
     def attach(self, backbone: nn.Module) -> None:
-        """Freeze all but the selected tensors, which become float32."""
+        """Freeze all but the selected tensors, which become float32.
+
+        So do frozen vectors beside them: a LayerNorm takes no gain in bf16 with a float32 shift.
+        """
         super().attach(backbone)
         for name, p in backbone.named_parameters():
-            if self.selects(name, p):
-                p.data = p.data.float()
-                p.requires_grad_(True)
+            p.requires_grad_(self.selects(name, p))
+        for module in backbone.modules():
+            own = list(module.parameters(recurse=False))
+            if any(p.requires_grad for p in own):
+                for p in own:
+                    if p.requires_grad or p.ndim == 1:
+                        p.data = p.data.float()
 
     def merge(self, backbone: nn.Module) -> None:
         """Detach: the weights are the backbone's own."""

@@ -25,7 +25,7 @@ def provenance(precision: str) -> dict:
         },
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "command": shlex.join(["peftlab", "train", *sys.argv[1:]]),
@@ -49,7 +49,8 @@ def _commit() -> tuple[str | None, bool | None]:
 
 
 @functools.cache
-def _cpu() -> str:
+def cpu() -> str:
+    """Return the name of the processor."""
     facts = Path("/proc/cpuinfo")
     if facts.exists():
         for line in facts.read_text().splitlines():

@@ -13,7 +13,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftlab.backbone import Backbone, load_backbone
+from peftlab.base import base_losses
+from peftlab.bits import Tally
 from peftlab.checkpoint import load_state, save_adapter, save_state
 from peftlab.config import check, method_name, run_id
 from peftlab.data import Batch, Data, load_data
@@ -143,6 +145,7 @@ class Parts:
     config: Mapping
     backbone: Backbone
     data: Data
+    base: tuple[Tally, Tally]  # of the bare backbone on train and test split
     method: Method
     optimizer: torch.optim.Optimizer
     total_steps: int
@@ -162,6 +165,7 @@ class Parts:
             self.optimizer,
             factor,
             progress,
+            base=self.base,
             loss=self.backbone.loss,
             epochs=self.config["epochs"],
             clip=optimizer["clip"],
@@ -174,6 +178,8 @@ def assemble(config: Mapping) -> Parts:
     """Build all parts of a run. Raises: InputError for whatever in the config does not fit."""
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
+    # A wrong setting is told before anything is loaded; one tensor random, one 0, as in a pair.
+    build_optimizer(config["optimizer"], [nn.Parameter(f(2, 2)) for f in (torch.ones, torch.zeros)])
     block = config["dataset"]["block_length"]
     backbone = load_backbone(config["model"], precision=config["precision"], block_length=block)
     data = load_data(
@@ -186,18 +192,22 @@ def assemble(config: Mapping) -> Parts:
     )
     torch.manual_seed(config["seed"])  # of the method's initial tensors and of dropout
     method = build_method(config["method"], backbone)
+    autocast = config["precision"] == "bf16"
+    base = base_losses(backbone, data, autocast=autocast)
     method.attach(backbone.net)
-    prepare(method, config, backbone, data)
-    optimizer = build_optimizer(config["optimizer"], backbone.net)
-    return Parts(config, backbone, data, method, optimizer, data.n_steps * config["epochs"])
+    prepare(method, backbone, data, autocast=autocast)
+    params = [p for _, p in trainable(backbone.net)]
+    optimizer = build_optimizer(config["optimizer"], params)
+    steps = data.n_steps * config["epochs"]
+    return Parts(config, backbone, data, base, method, optimizer, steps)
 
 
-def prepare(method: Method, config: Mapping, backbone: Backbone, data: Data) -> None:
+def prepare(method: Method, backbone: Backbone, data: Data, *, autocast: bool) -> None:
     """Let the attached method look at the training data, in the precision of the run."""
     device = next(backbone.net.parameters()).device
 
     def nats(batch: Batch) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return backbone.loss(backbone.net, batch.to(device))
 
     method.prepare(nats, data.batches(data.train))
@@ -211,10 +221,10 @@ def build_method(method: Mapping, backbone: Backbone) -> Method:
     return _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
 
 
-def build_optimizer(optimizer: Mapping, net: nn.Module) -> torch.optim.Optimizer:
-    """Construct the optimizer that the config group `optimizer` describes, over all that trains."""
+def build_optimizer(optimizer: Mapping, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Construct the optimizer that the config group `optimizer` describes, over `params`."""
     arguments = {key: value for key, value in optimizer.items() if key not in SCHEDULE}
-    return _instantiate("optimizer", arguments, params=[p for _, p in trainable(net)])
+    return _instantiate("optimizer", arguments, params=list(params))
 
 
 def _instantiate(group: str, node: Mapping, **objects: object):

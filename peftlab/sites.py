@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftlab.errors import InputError, require
 
@@ -37,14 +38,17 @@ FAMILIES: dict[str, dict[str, str]] = {
         "down": "fc2",
     },
 }
+FUSED = "qkv"  # the kind of a layer whose rows are those of q, k and v
+HEADS_APART = {"gpt2": False, "gpt_neox": True}  # rows: [q | k | v], or so within each head
 
 
 class Site(NamedTuple):
-    """One linear layer of the frozen backbone that a method may change."""
+    """One linear layer of the frozen backbone, or some of its rows, that a method may change."""
 
     name: str  # "model.layers.3.self_attn.q_proj"
-    kind: str  # its role, the same word in every layer: "q"
+    kind: str  # its role, the same word in every layer: "q"; "k+v" of rows of a fused layer
     module: nn.Linear  # W [d_out, d_in], b [d_out] or None; never trained
+    rows: tuple[int, ...] | None = None  # of W, ascending, that are the site; None = all
 
     @property
     def d_in(self) -> int:
@@ -55,6 +59,11 @@ class Site(NamedTuple):
     def d_out(self) -> int:
         """Width of the output."""
         return self.module.out_features
+
+    @property
+    def n_rows(self) -> int:
+        """How many of the d_out rows the site has."""
+        return self.d_out if self.rows is None else len(self.rows)
 
     @property
     def group(self) -> str:
@@ -79,14 +88,17 @@ def kinds_of(model_type: str, given: Mapping[str, str] | None) -> Mapping[str, s
 
 
 def find_sites(
-    net: nn.Module, kinds: Mapping[str, str], wanted: str | Sequence[str]
+    net: PreTrainedModel, kinds: Mapping[str, str], wanted: str | Sequence[str]
 ) -> tuple[Site, ...]:
     """Return the sites of the wanted kinds in layer order; `wanted` is "all" or a list of kinds.
 
+    Where q, k and v are one layer, of kind qkv, wanting some of them gives sites with `rows`.
     Raises: InputError if a kind is not mapped, or names no linear layer of this model.
     """
     chosen = list(kinds) if wanted == "all" else [wanted] if isinstance(wanted, str) else wanted
     require(len(chosen) > 0, "method.sites", wanted, f"all, or a list out of {', '.join(kinds)}")
+    parts = _parts(net, kinds, chosen)
+    chosen = [kind for kind in chosen if kind not in parts] + [FUSED] * bool(parts)
     for kind in chosen:
         require(
             kind in kinds,
@@ -107,4 +119,24 @@ def find_sites(
             f"model.kinds.{kind}={kinds[kind]}: no linear layer of the model has a name that "
             "ends so"
         )
+    if 0 < len(parts) < len(FUSED):
+        sites = [_rows_of(site, parts, net) if site.kind == FUSED else site for site in sites]
     return tuple(sites)
+
+
+def _parts(net: PreTrainedModel, kinds: Mapping[str, str], chosen: Sequence[str]) -> list[str]:
+    """Return the chosen kinds out of q, k and v that are no layers here, but rows of a known one.
+
+    Beside a chosen qkv there are none: a layer is one site.
+    """
+    if FUSED not in kinds or FUSED in chosen or net.config.model_type not in HEADS_APART:
+        return []
+    return [kind for kind in FUSED if kind in chosen and kind not in kinds]
+
+
+def _rows_of(site: Site, parts: Sequence[str], net: PreTrainedModel) -> Site:
+    """Reduce a fused site to the rows of `parts`."""
+    heads = net.config.num_attention_heads if HEADS_APART[net.config.model_type] else 1
+    width = site.d_out // (heads * len(FUSED))
+    rows = (row for row in range(site.d_out) if FUSED[row // width % len(FUSED)] in parts)
+    return site._replace(kind="+".join(parts), rows=tuple(rows))

@@ -77,6 +77,7 @@ def defaults(name: str) -> dict:
     """conf/method/NAME.yaml, with sizes that fit the tiny backbones and no extreme boost."""
     method = yaml.safe_load((HOME / "conf" / "method" / f"{name}.yaml").read_text())
     sizes = {"rank": 4, "r_1": 4, "r_2": 3, "l_1": 2, "l_a": 2, "l_b": 3, "r_u": 3, "r_v": 2}
+    sizes |= {"bottleneck": 3, "target_rank": 2}
     gentle = {"gamma": 2.0, "alpha": 2.0}
     return method | {k: v for k, v in (sizes | gentle).items() if k in method}
 

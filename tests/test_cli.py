@@ -211,7 +211,7 @@ def test_help_and_methods(capsys):
     card = capsys.readouterr().out
     assert "W' = W + s diag(v) B diag(u) A" in card and "rank: 16" in card
     assert main(["methods", "nothing"]) == 2
-    assert "method=nothing: one of dora" in capsys.readouterr().err
+    assert "method=nothing: one of " in capsys.readouterr().err
 
 
 def test_words_that_need_no_torch_do_not_import_it():

@@ -146,7 +146,7 @@ def test_the_yaml_builds_it_over_all_that_trains():
         "warmup": 0.0,
         "clip": None,
     }
-    optimizer = build_optimizer(config, net)
+    optimizer = build_optimizer(config, [p for _, p in trainable(net)])
     slow, fast = optimizer.param_groups
     assert {id(p) for p in slow["params"]} == {id(p) for p in method.A.parameters()}
     assert {id(p) for p in fast["params"]} == {id(p) for p in method.B.parameters()}

@@ -154,7 +154,7 @@ def test_same_config_same_numbers_in_two_processes(compose, tmp_path):
     [
         ("adamw", signal.SIGTERM, 5),
         ("adamw", signal.SIGINT, 8),  # the last step of the first epoch
-        ("adamw", signal.SIGTERM, 1),  # between the two evaluations before training
+        ("adamw", signal.SIGTERM, 2),  # before the first step
         ("sgd", signal.SIGINT, 9),
         ("adafactor", signal.SIGTERM, 11),
         ("loraplus", signal.SIGTERM, 15),  # the last step of all
@@ -313,3 +313,23 @@ def test_a_failing_run_says_failed_and_goes_on_later(compose, tmp_path):
     assert go(config, tmp_path / "run")["status"] == "completed"
     whole = go(config, tmp_path / "whole")
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "whole") and whole["final"]
+
+
+def test_the_base_is_the_frozen_models_and_is_evaluated_once(compose, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path / "cache"))
+    first = go(compose(), tmp_path / "one")
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    data = assemble(compose()).data
+    nats = targets = 0
+    for example in data.train.examples:
+        logits = plain(example.ids[None].long()).logits[0]
+        nats += F.cross_entropy(logits, example.targets.long(), reduction="sum").item()
+        targets += int((example.targets >= 0).sum())
+    bits = nats / math.log(2) / targets
+    assert first["base"]["train_bits_per_token"] == pytest.approx(bits, rel=1e-5)
+    (note,) = (tmp_path / "cache" / "base").iterdir()
+    before = note.stat().st_mtime_ns
+    second = go(compose("method=lora", "seed=5"), tmp_path / "two")
+    assert second["base"] == first["base"] and note.stat().st_mtime_ns == before
+    go(compose("dataset.split_seed=1"), tmp_path / "three")
+    assert len(list((tmp_path / "cache" / "base").iterdir())) == 2

@@ -80,6 +80,6 @@ class DoRA(WeightMethod):
         ‖W + s B A‖² = ‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩ by rows, all of width r.
         """
         A, B = (t.A.detach(), t.B.detach()) if self.detach_norm else (t.A, t.B)
-        cross = ((W.float() @ A.T) * B).sum(1)
+        cross = ((W.to(A.dtype) @ A.T) * B).sum(1)
         square = ((B @ (A @ A.T)) * B).sum(1)
         return (t.square + 2 * self.scale * cross + self.scale**2 * square).sqrt()

@@ -12,8 +12,10 @@ def test_every_site_takes_the_corner_of_one_frozen_pair():
     method.attach(net)
     assert method.A.shape == (32, 24) and method.B.shape == (24, 32)
     for site, t in zip(method.sites, method.tensors, strict=True):
-        assert torch.equal(t.A, method.A[:, : site.d_in]) and t.A.data_ptr() == method.A.data_ptr()
-        assert torch.equal(t.B, method.B[: site.d_out]) and t.B.data_ptr() == method.B.data_ptr()
+        down, up = method.factors(t)  # b = 0 hides B: set it to 1
+        assert torch.equal(down, 0.1 * method.A[:, : site.d_in]) and not up.any()
+        torch.nn.init.ones_(t.b)
+        assert torch.equal(method.factors(t)[1], method.B[: site.d_out])
     assert {name.split(".")[1] for name, _ in trainable(net)} == {"b", "d"}
     assert {"A", "B"} <= set(method.state_dict())
 
