@@ -333,3 +333,26 @@ def test_the_base_is_the_frozen_models_and_is_evaluated_once(compose, tmp_path, 
     assert second["base"] == first["base"] and note.stat().st_mtime_ns == before
     go(compose("dataset.split_seed=1"), tmp_path / "three")
     assert len(list((tmp_path / "cache" / "base").iterdir())) == 2
+
+
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_packed_loss_is_the_sum_over_documents_alone(compose, tmp_path, loss_on):
+    """Bits per token of packed blocks against plain transformers on each document by itself."""
+    config = compose(
+        "dataset.packing=true", "dataset.block_length=48", f"dataset.loss_on={loss_on}"
+    )
+    result = go(config, tmp_path / "run")
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    nats, targets, n_parts = 0.0, 0, 0
+    for block in assemble(config).data.train.examples:
+        starts = (block.positions == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], len(block.ids)], strict=True):
+            logits = plain(block.ids[None, start:end].long()).logits[0]
+            labels = block.targets[start:end].long()
+            nats += F.cross_entropy(logits, labels, reduction="sum").item()
+            targets += int((labels != -100).sum())
+            n_parts += 1
+    assert n_parts > len(assemble(config).data.train.examples)  # blocks with several documents
+    assert result["final"]["train_targets"] == targets
+    expected = nats / math.log(2) / targets
+    assert result["base"]["train_bits_per_token"] == pytest.approx(expected, rel=1e-5)
