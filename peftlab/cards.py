@@ -99,7 +99,7 @@ def show_methods(name: str | None) -> int:
         console.print(f"\nconf/method/{name}.yaml\n{found.defaults}", markup=False, end="")
         return 0
     table = Table(title="methods (one card: peftlab methods NAME)", title_justify="left")
-    for column in ("method", "W' =", "trained parameters", "source"):
+    for column in ("method", "W' or y' =", "trained parameters", "source"):
         table.add_column(column, overflow="fold")
     for found in map(card, method_names()):
         counts = "\n".join(f"{formula} per {unit}" for unit, formula in found.trainable.items())
