@@ -31,7 +31,7 @@ from peftlab.base import base_losses
 from peftlab.bits import Tally
 from peftlab.checkpoint import load_state, save_adapter, save_state
 from peftlab.config import check, method_name, run_id
-from peftlab.data import Batch, Data, load_data
+from peftlab.data import Batch, Data, load_data, pad
 from peftlab.errors import InputError, require
 from peftlab.files import write_atomic
 from peftlab.fit import Diverged, Progress, Row, Stopped, fit
@@ -44,6 +44,7 @@ from peftlab.show import Show, warn
 from peftlab.sites import find_sites, kinds_of
 
 SCHEMA = 1
+MERGE_ROWS = 4  # of the test split, compared before and after the merge, in float32
 NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
 SCHEDULE = ("schedule", "warmup", "clip")  # keys of conf/optimizer that are for the run
 
@@ -131,7 +132,7 @@ def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> 
         about = {"run_id": result["run_id"], "method": result["method"]["name"]}
         stored = save_adapter(parts.net, folder / "adapter.safetensors", about)
         result["method"]["stored_bytes"] = stored
-        result["merge"] = merge_check(parts.net, parts.data.batches(parts.data.test)[0])
+        result["merge"] = merge_check(parts.net, pad(parts.data.test.examples[:MERGE_ROWS]))
     _write_result(folder, result)
     shutil.rmtree(state.parent, ignore_errors=True)
     tracker.finish(result["status"], _summary(result))
