@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     verbs.add_parser("train", add_help=False, help="one run, or many with -m")
     methods = verbs.add_parser("methods", help="list the methods, or show one")
-    methods.add_argument("name", nargs="?")
+    choice = methods.add_mutually_exclusive_group()
+    choice.add_argument("name", nargs="?")
+    choice.add_argument("--markdown", action="store_true", help="write docs/methods.md to stdout")
     sync = verbs.add_parser("sync", help="upload offline W&B runs")
     sync.add_argument("folders", nargs="*", default=["outputs"], metavar="DIR")
     known, rest = parser.parse_known_args(words)
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "methods":
                 from peftlab.cards import show_methods
 
-                return show_methods(known.name)
+                return show_methods(known.name, markdown=known.markdown)
             case _:
                 from peftlab.sync import sync
 

@@ -29,7 +29,9 @@ from peftlab.data import Batch
 from peftlab.errors import InputError, require
 from peftlab.files import cache_dir, making, sha256_of, write_atomic
 from peftlab.fit import nats_of, nats_of_logits
+from peftlab.nf4 import quantize_
 from peftlab.packages import PACKAGES, wheel
+from peftlab.sites import find_sites, kinds_of
 
 SHORT = 128  # tokens up to which eager attention's backward beats SDPA's on the CPU
 PACKAGED = "the file in the package; for a model of your own: model=hub model.path=FOLDER"
@@ -48,7 +50,8 @@ class Backbone:
     source: str
     sha256: str  # of the packaged file, or of all weight files
     kinds: Mapping[str, str] | None  # model.kinds; null = by architecture
-    total_params: int
+    quantize: str | None  # nf4: all layers of `kinds`; null: nothing
+    total_params: int  # before quantisation
     linear_logits: bool  # logits = head(hidden), nothing more; Gemma 2, for one, caps them softly
 
     @property
@@ -64,6 +67,10 @@ class Backbone:
             reason = f"has no tokenizer that loads ({_first_line(error)})"
             raise InputError(f"model.path={self.folder}: {reason}") from error
 
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, with nothing added at either end."""
+        return self.tokenizer().encode(text, add_special_tokens=False)
+
     def tokenizer_id(self) -> str:
         """Sha256 over the tokenizer's files: part of the identity of tokenised data."""
         files = {path for pattern in TOKENIZER for path in self.folder.glob(pattern)}
@@ -74,6 +81,7 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
     """Load `model` (the config group) with all weights frozen, on its device.
 
     precision: fp32 or bf16, the storage of the frozen weights unless model.dtype says otherwise.
+    Its adaptable layers are stored as NF4 if model.quantize says so, and nothing else ever is.
     Raises: InputError for a model that cannot be found, is damaged, or has no safetensors.
     """
     dtype = model["dtype"]
@@ -81,6 +89,8 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
     attention = model["attention"]
     known = ("auto", "eager", "sdpa")
     require(attention in known, "model.attention", attention, "auto, eager or sdpa")
+    quantize = model["quantize"]
+    require(quantize in (None, "nf4"), "model.quantize", quantize, "null or nf4")
     device = resolve_device(model["device"])
     if attention == "auto":
         short = device.type == "cpu" and block_length <= SHORT
@@ -100,6 +110,10 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
         raise InputError(f"model.path={folder}: cannot be loaded ({_first_line(error)})") from error
     conv1d_to_linear(net)
     net.requires_grad_(False)
+    total_params = sum(p.numel() for p in net.parameters())
+    if quantize:  # here, so that no dense weight reaches the device for long
+        kinds = kinds_of(net.config.model_type, model["kinds"])
+        quantize_([site.module for site in find_sites(net, kinds, "all")], device)
     nn.Module.to(net, device)  # PreTrainedModel.to is typed as if it took no device
     return Backbone(
         net=net,
@@ -108,7 +122,8 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
         source=source,
         sha256=sha256,
         kinds=model["kinds"],
-        total_params=sum(p.numel() for p in net.parameters()),
+        quantize=quantize,
+        total_params=total_params,
         linear_logits=_linear_logits(net.eval()),
     )
 

@@ -26,7 +26,8 @@ def base_losses(backbone: Backbone, data: Data, *, autocast: bool) -> tuple[Tall
     """
     weight = next(backbone.net.parameters())
     facts = (
-        *(backbone.sha256, data.fingerprint, backbone.net.config._attn_implementation),
+        *(backbone.sha256, backbone.quantize, backbone.kinds, data.fingerprint),
+        backbone.net.config._attn_implementation,
         *(autocast, str(weight.dtype), str(weight.device), torch.get_num_threads()),
         *(torch.__version__, cpu()),
     )

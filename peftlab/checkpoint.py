@@ -29,19 +29,25 @@ def adapter_tensors(net: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(net: nn.Module, path: Path, about: Mapping[str, str]) -> int:
-    """Write the adapter, each tied tensor once, with `about` in its header; return its bytes."""
+    """Write the adapter, each tied tensor once, with `about` in its header; return its bytes.
+
+    The method is compacted first, for good: what only training needs is not in the file.
+    """
+    attached(net).compact()
     content = save(_on_cpu(adapter_tensors(net)), dict(about))
     write_atomic(path, content)
     return len(content)
 
 
 def load_adapter(net: nn.Module, path: Path) -> None:
-    """Copy an adapter's tensors into `net`, to which the same method is attached.
+    """Copy an adapter's tensors into `net`, to which the same method is attached; compact it.
 
     Raises: InputError if the file is damaged or its tensors are not this method's.
     """
     tensors, _ = _read(path)
+    attached(net).compact()
     _copy_into(adapter_tensors(net), tensors, path)
+    attached(net).loaded()
 
 
 def save_state(
@@ -76,6 +82,7 @@ def load_state(
     header = json.loads(metadata["state"])
     own = {name.removeprefix("net/"): t for name, t in tensors.items() if name.startswith("net/")}
     _copy_into(adapter_tensors(net), own, path)
+    attached(net).loaded()
     state: dict[int, dict] = {}
     for where, value in {**tensors, **header.pop("scalars")}.items():
         if where.startswith("optimizer/"):

@@ -19,15 +19,25 @@ KEYS = {
     "": (
         *("model", "method", "optimizer", "dataset", "tracking"),
         *("epochs", "seed", "precision", "batch", "micro_batch", "threads"),
-        *("skip_finished", "study", "output"),
+        *("skip_finished", "study", "objective", "aux", "output"),
     ),
     "model": (
         *("name", "source", "path", "revision", "sha256"),
-        *("device", "dtype", "attention", "kinds"),
+        *("device", "dtype", "quantize", "attention", "kinds"),
     ),
 }
 # What does not change the numbers of a run, and so is no part of its identity.
-NOT_IDENTITY = ("tracking", "threads", "skip_finished", "study", "output", "hydra")
+NOT_IDENTITY = (
+    *("tracking", "threads", "skip_finished", "study", "objective", "aux", "output", "hydra"),
+)
+# What a sweep may optimise, and its place in result.json: nothing of the test split.
+OBJECTIVES = {
+    "train_bits_per_token": "final",
+    "train_bits_per_byte": "final",
+    "trainable_params": "method",
+    "train_seconds": "cost",
+    "peak_memory_bytes": "cost",
+}
 
 
 def resolve(config: DictConfig) -> dict:
@@ -62,14 +72,23 @@ def run_name(resolved: Mapping) -> str:
 
 
 def register_resolvers() -> None:
-    """Make ${peftlab_home:}, ${peftlab_run_name:} and ${peftlab_method:} known to OmegaConf."""
+    """Make the resolvers ${peftlab_...:} that config files use known to OmegaConf."""
     OmegaConf.register_new_resolver("peftlab_home", lambda: str(HOME), replace=True)
     OmegaConf.register_new_resolver(
         "peftlab_method", lambda *, _root_: method_name(_root_.method), replace=True
     )
+    OmegaConf.register_new_resolver("peftlab_power", power, replace=True)
     OmegaConf.register_new_resolver(
         "peftlab_run_name", lambda *, _root_: run_name(resolve(_root_)), replace=True
     )
+
+
+def power(base: float, exponent: float | str, factor: float | str = 1.0) -> float:
+    """Return factor · base^exponent: how a sweep ties one number to another.
+
+    `-${x}` reaches a resolver as text, hence the types.
+    """
+    return float(factor) * float(base) ** float(exponent)
 
 
 def check(resolved: Mapping) -> None:
@@ -92,6 +111,9 @@ def check(resolved: Mapping) -> None:
         at_least(resolved, "threads", 1)
     one_of(resolved, "precision", ("fp32", "bf16"))
     one_of(resolved, "skip_finished", (True, False))
+    names = resolved["objective"]
+    for name in [names] if isinstance(names, str) else names:
+        one_of({"objective": name}, "objective", tuple(OBJECTIVES))
     optimizer = {f"optimizer.{key}": value for key, value in resolved["optimizer"].items()}
     number(optimizer, "optimizer.lr", above=0)
     number(optimizer, "optimizer.weight_decay", least=0)

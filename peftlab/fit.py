@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftlab.bits import Tally, linear_nll, nll
+from peftlab.bits import IGNORE, Tally, linear_nll, nll
 from peftlab.data import Batch, Data, Split
 from peftlab.flops import FlopCounter
 from peftlab.method import Method, attached, trainable
+from peftlab.optim import in_backward
 
 
 class Diverged(Exception):
@@ -58,6 +59,13 @@ class Progress:
     test: list[Tally] = field(default_factory=list)  # whole test split: before, after each epoch
     epochs: list[dict] = field(default_factory=list)
 
+    @property
+    def running_bits_per_token(self) -> float:
+        """The online loss of the epoch so far, or of the last one before a new one has begun."""
+        if self.online.targets:
+            return self.online.bits_per_token
+        return self.epochs[-1]["train_bits_per_token"]
+
 
 def nats_of(net: PreTrainedModel, batch: Batch) -> Tensor:
     """Sum of nats over the batch's targets, differentiable, without ever keeping the logits."""
@@ -72,6 +80,12 @@ def nats_of_logits(net: PreTrainedModel, batch: Batch) -> Tensor:
     """`nats_of` for a model that does more to its logits than a linear head; the plain form."""
     out = net(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
     return nll(out.logits, batch.targets)
+
+
+def logits_of(net: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits [targets, V] in float32, differentiable, at the positions that have a target."""
+    out = net(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+    return out.logits[batch.targets != IGNORE].float()
 
 
 def evaluate(
@@ -122,9 +136,13 @@ def fit(
     method = attached(net)
     peak = [group["lr"] for group in optimizer.param_groups]
 
-    def forward(batch: Batch) -> Tensor:
+    def nats(batch: Batch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             return loss(net, batch.to(device))
+
+    def logits(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return logits_of(net, batch.to(device))
 
     def whole(split: Split) -> Tally:
         return evaluate(net, data.batches(split), loss, autocast=autocast, stop=stop)
@@ -155,15 +173,15 @@ def fit(
             if stop():
                 raise Stopped
             started = time.perf_counter()
+            for group, lr in zip(optimizer.param_groups, peak, strict=True):
+                group["lr"] = lr * factor(progress.step)
             with FlopCounter() if progress.step == 0 else nullcontext() as counter:
-                step = _accumulate(forward, micro_batches, method)
+                step = _accumulate(method, nats, logits, micro_batches)
             _check_finite(step.nats, "loss")
-            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            norm = _gradient_norm(optimizer, params)
             _check_finite(norm.item(), "gradient")
             if clip is not None:
                 nn.utils.clip_grads_with_norm_(params, clip, norm)
-            for group, lr in zip(optimizer.param_groups, peak, strict=True):
-                group["lr"] = lr * factor(progress.step)
             optimizer.step()
             method.after_step(progress.step + 1, epochs * data.n_steps)
             optimizer.zero_grad(set_to_none=True)
@@ -189,7 +207,10 @@ def fit(
 
 
 def _accumulate(
-    forward: Callable[[Batch], Tensor], micro_batches: list[Batch], method: Method
+    method: Method,
+    nats: Callable[[Batch], Tensor],
+    logits: Callable[[Batch], Tensor],
+    micro_batches: list[Batch],
 ) -> Tally:
     """Backward through all micro-batches, each weighted by its targets: the full batch's mean."""
     penalty = method.penalty()
@@ -198,10 +219,17 @@ def _accumulate(
     n_targets = sum(batch.n_targets for batch in micro_batches)
     tally = Tally()
     for batch in micro_batches:
-        nats = forward(batch)
-        (nats / n_targets).backward()
-        tally.add(nats.item(), batch.n_targets)
+        objective, lost = method.objective(nats, logits, batch)
+        (objective / n_targets).backward()
+        tally.add(lost.item(), batch.n_targets)
     return tally
+
+
+def _gradient_norm(optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> Tensor:
+    """Global norm of the step's gradients."""
+    if in_backward(optimizer):
+        return optimizer.gradient_norm()
+    return nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
 
 def _end_epoch(progress: Progress) -> None:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.errors import require
+from peftlab.nf4 import NF4Linear, dequantize_
 from peftlab.sites import FUSED, Site
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Method(nn.Module):
     """
 
     mergeable = False
+    identity = True  # whether the function at step 0 is the backbone's; if not, "Init:" says why
     parts = False  # whether the method keeps to a site's `rows`, if it has some
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -45,17 +47,32 @@ class Method(nn.Module):
         self.sites = tuple(sites)  # a plain tuple: the backbone is not registered a second time
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
+    def read(self, encode: Callable[[str], Sequence[int]]) -> None:
+        """Take the tokens of the texts among its settings, before it is attached; most have none.
+
+        encode: the backbone's tokenizer, which adds nothing at either end.
+        """
+
     def attach(self, backbone: nn.Module) -> None:
         """Freeze the backbone and let the method act on it."""
         backbone.requires_grad_(False)
+        self.hook(backbone)
         backbone.peft = self
+        self.train(backbone.training)
 
     def detach(self, backbone: nn.Module) -> None:
         """Take the method off again; a backbone whose own tensors were not trained is as before."""
+        self.unhook(backbone)
+        del backbone.peft
+
+    def hook(self, backbone: nn.Module) -> None:
+        """Enter the forward pass of the frozen backbone; keep the `handles`. May refuse."""
+
+    def unhook(self, backbone: nn.Module) -> None:
+        """Undo `hook`."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        del backbone.peft
 
     def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
         """Look at the training data once, attached, before the optimizer is built.
@@ -63,8 +80,22 @@ class Method(nn.Module):
         nats: differentiable sum of nats of a batch. batches: all of the train split.
         """
 
+    def objective(
+        self,
+        nats: Callable[[Batch], Tensor],
+        logits: Callable[[Batch], Tensor],
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (objective, nats) of a batch, both sums over its targets: nats twice, for most.
+
+        nats: as in `prepare`. logits: [targets, V], float32, differentiable. Each call of either
+        is a forward pass.
+        """
+        value = nats(batch)
+        return value, value
+
     def penalty(self) -> Tensor | None:
-        """Return what is added to the mean nats per target of a step, if anything."""
+        """Return what is added to the mean objective per target of a step, if anything."""
         return None
 
     def after_step(self, step: int, total: int) -> None:
@@ -72,6 +103,15 @@ class Method(nn.Module):
 
         Gradients are still there.
         """
+
+    def compact(self) -> None:
+        """Drop for good what only training needs; in eval mode the function stays what it is.
+
+        An adapter is saved, loaded and merged in this form. Doing it twice is doing it once.
+        """
+
+    def loaded(self) -> None:
+        """Make anew what is not in the file out of what is, just after that was loaded."""
 
     def merge(self, backbone: nn.Module) -> None:
         """Write the method into the backbone's weights and detach. There is no way back: reload.
@@ -116,15 +156,24 @@ class SiteMethod(Method):
         self._declare(name, make, lambda site: site.group, nn.Parameter)
 
     def fixed(self, name: str, make: Callable[[Site], Tensor], *, stored: bool = True) -> None:
-        """Give every site its own constant `name`, float32, stored in the adapter's file or not."""
+        """Give every site its own constant `name`, float32 or whole numbers, stored or not."""
         self._declare(name, make, lambda site: site.name, partial(nn.Buffer, persistent=stored))
+
+    def discard(self, *names: str) -> None:
+        """Remove tensors of these names, if they are still there: for `compact`."""
+        for name in set(names) & set(self.keys):
+            delattr(self, name)
+            del self.keys[name]
+            for t in self.tensors:
+                delattr(t, name)
 
     def _declare(self, name: str, make: Callable, key: Callable, wrap: Callable) -> None:
         holder = nn.Module()
         self.keys[name] = [key(site).replace(".", "/") for site in self.sites]  # no dots in names
         for site, k in zip(self.sites, self.keys[name], strict=True):
             if not hasattr(holder, k):
-                tensor = make(site).detach().float()
+                tensor = make(site).detach()
+                tensor = tensor.float() if tensor.is_floating_point() else tensor
                 setattr(holder, k, wrap(tensor.to(site.module.weight.device)))
         setattr(self, name, holder)
         self._link(name)
@@ -148,10 +197,9 @@ class SiteMethod(Method):
         """Return the module whose input x and output y `forward` is given: the site, for most."""
         return site.module
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Freeze the backbone and hook the place of every site."""
+    def hook(self, backbone: nn.Module) -> None:
+        """Register a hook at the place of every site."""
         places = [self.place(backbone, site) for site in self.sites]  # may refuse: first of all
-        super().attach(backbone)
         for place, t in zip(places, self.tensors, strict=True):
             self.handles.append(place.register_forward_hook(partial(_rewrite, self, t)))
 
@@ -184,11 +232,12 @@ class WeightMethod(SiteMethod):
         with full_precision(x):
             W = self.weight(t, site.weight.float())
             b = None if site.bias is None else self.bias(t, site.bias.float())
-        return F.linear(x, W, b)
+        return F.linear(x, W, None if b is None else b.to(W.dtype))
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
-        """Write every W' and b', computed in float32, and detach."""
+        """Write every W' and b', computed in float32, and detach; a quantised backbone is dense."""
+        dequantize_(backbone)
         for site, t in zip(self.sites, self.tensors, strict=True):
             W, b = site.module.weight, site.module.bias
             W.copy_(self.weight(t, W.float()))
@@ -232,12 +281,17 @@ class SelectMethod(Method):
         """Whether the backbone's tensor `name` is trained."""
         raise NotImplementedError
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Freeze all but the selected tensors, which become float32.
+    def hook(self, backbone: nn.Module) -> None:
+        """Unfreeze the selected tensors, which become float32.
 
         So do frozen vectors beside them: a LayerNorm takes no gain in bf16 with a float32 shift.
+        Raises: InputError if a selected tensor is quantised.
         """
-        super().attach(backbone)
+        for name, module in backbone.named_modules():
+            if isinstance(module, NF4Linear):
+                selected = self.selects(f"{name}.weight", nn.Parameter(module.weight, False))
+                why = f"null, because {type(self).__name__} trains {name}.weight itself"
+                require(not selected, "model.quantize", "nf4", why)
         for name, p in backbone.named_parameters():
             p.requires_grad_(self.selects(name, p))
         for module in backbone.modules():
@@ -250,6 +304,63 @@ class SelectMethod(Method):
     def merge(self, backbone: nn.Module) -> None:
         """Detach: the weights are the backbone's own."""
         self.detach(backbone)
+
+
+class Stack(Method):
+    """Several methods at once on one backbone, each with sites of its own.
+
+    Two maps of one weight are refused: each is defined from the frozen W.
+    """
+
+    def __init__(self, sites: Sequence[Site], members: Sequence[Method]) -> None:
+        super().__init__(sites)
+        maps = [s.name for m in members if isinstance(m, WeightMethod) for s in m.sites]
+        if len(set(maps)) < len(maps):
+            raise ValueError("two members of a Stack map the same weight")
+        self.members = nn.ModuleList(members)
+
+    def _each(self) -> Iterator[Method]:
+        return (cast(Method, member) for member in self.members)
+
+    def read(self, encode: Callable[[str], Sequence[int]]) -> None:
+        """Let every member read."""
+        for member in self._each():
+            member.read(encode)
+
+    def hook(self, backbone: nn.Module) -> None:
+        """Let every member in."""
+        for member in self._each():
+            member.hook(backbone)
+
+    def unhook(self, backbone: nn.Module) -> None:
+        """Unhook every member, the last one first."""
+        for member in reversed(list(self._each())):
+            member.unhook(backbone)
+
+    def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
+        """Prepare every member."""
+        for member in self._each():
+            member.prepare(nats, batches)
+
+    def penalty(self) -> Tensor | None:
+        """Return the sum of the members' penalties."""
+        penalties = [p for p in (member.penalty() for member in self._each()) if p is not None]
+        return torch.stack(penalties).sum() if penalties else None
+
+    def after_step(self, step: int, total: int) -> None:
+        """Let every member act."""
+        for member in self._each():
+            member.after_step(step, total)
+
+    def compact(self) -> None:
+        """Compact every member."""
+        for member in self._each():
+            member.compact()
+
+    def loaded(self) -> None:
+        """Let every member make anew what it did not store."""
+        for member in self._each():
+            member.loaded()
 
 
 def full_precision(x: Tensor) -> torch.autocast:

@@ -2,12 +2,38 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftlab.config import number
 from peftlab.errors import InputError
+
+
+class NetOptimizer(torch.optim.Optimizer):
+    """An optimizer that has to know where in a model its tensors stand.
+
+    in_backward: whether it updates each tensor as soon as backward has its gradient, which it
+    then frees: the learning rate is to be set before, there is one backward pass per step, and
+    `Method.after_step` finds no gradient.
+    """
+
+    in_backward = False
+
+    def attach(self, net: PreTrainedModel) -> None:
+        """Look at the model, once, before the first step. Raises: InputError if it does not fit."""
+        raise NotImplementedError
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the gradients of a step, if in_backward: they are gone after backward."""
+        raise NotImplementedError
+
+
+def in_backward(optimizer: torch.optim.Optimizer) -> TypeGuard[NetOptimizer]:
+    """Whether the optimizer updates within backward."""
+    return isinstance(optimizer, NetOptimizer) and optimizer.in_backward
 
 
 def lora_plus(

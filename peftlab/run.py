@@ -38,12 +38,17 @@ from peftlab.fit import Diverged, Progress, Row, Stopped, fit
 from peftlab.memory import peak_bytes, reset_peak
 from peftlab.merging import merge_check
 from peftlab.method import Method, trainable
-from peftlab.optim import schedule
+from peftlab.optim import NetOptimizer, in_backward, schedule
 from peftlab.provenance import provenance
 from peftlab.show import Show, warn
 from peftlab.sites import find_sites, kinds_of
+from peftlab.tracking import Tracker
+from peftlab.trial import Pruned, current_trial, due
+from peftlab.warm import Shelf
 
 SCHEMA = 1
+SHELF = Shelf()  # of this process
+THREADS = torch.get_num_threads()  # of this process, before any run has set them
 MERGE_ROWS = 4  # of the test split, compared before and after the merge, in float32
 NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
 SCHEDULE = ("schedule", "warmup", "clip")  # keys of conf/optimizer that are for the run
@@ -70,7 +75,24 @@ def run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> d
 def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> dict:
     started = time.perf_counter()
     tracker = _instantiate("tracking", config["tracking"])
-    parts = assemble(config)
+    if job_type == "sweep":  # the next run of this process may want the same backbone
+        parts = assemble(config, load=SHELF.load)
+        try:
+            return _train(config, folder, parts, tracker, trial, job_type, started)
+        finally:
+            SHELF.give_back(parts.backbone)
+    return _train(config, folder, assemble(config), tracker, trial, job_type, started)
+
+
+def _train(
+    config: Mapping,
+    folder: Path,
+    parts: Parts,
+    tracker: Tracker,
+    trial: int | None,
+    job_type: str,
+    started: float,
+) -> dict:
     state, rows = folder / "checkpoint" / "state.safetensors", folder / "rows.jsonl"
     progress, n_rows = Progress(), 0
     if state.exists():
@@ -94,6 +116,7 @@ def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> 
     (folder / "result.json").unlink(missing_ok=True)
     write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
     device = next(parts.net.parameters()).device
+    report = current_trial()
     reset_peak(device)
     warn(f"loaded in {time.perf_counter() - started:.1f} s")
 
@@ -114,6 +137,12 @@ def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> 
                     show.row(row)
                     if row.phase == "eval":
                         save()
+                    elif (percent := due(row.step, parts.total_steps)) is not None:
+                        report.report(progress.running_bits_per_token, percent)
+                        if report.should_prune():
+                            raise Pruned
+        except Pruned:
+            result |= {"status": "pruned"}
         except Stopped:
             save()
             tracker.finish("stopped", {})
@@ -175,14 +204,17 @@ class Parts:
         )
 
 
-def assemble(config: Mapping) -> Parts:
-    """Build all parts of a run. Raises: InputError for whatever in the config does not fit."""
-    if config["threads"] is not None:
-        torch.set_num_threads(config["threads"])
+def assemble(config: Mapping, load: Callable[..., Backbone] = load_backbone) -> Parts:
+    """Build all parts of a run, the backbone by `load`.
+
+    Raises: InputError for whatever in the config does not fit.
+    """
+    torch.set_num_threads(config["threads"] or THREADS)
     # A wrong setting is told before anything is loaded; one tensor random, one 0, as in a pair.
-    build_optimizer(config["optimizer"], [nn.Parameter(f(2, 2)) for f in (torch.ones, torch.zeros)])
+    pair = [nn.Parameter(f(2, 2)) for f in (torch.ones, torch.zeros)]
+    _check_in_backward(config, build_optimizer(config["optimizer"], pair))
     block = config["dataset"]["block_length"]
-    backbone = load_backbone(config["model"], precision=config["precision"], block_length=block)
+    backbone = load(config["model"], precision=config["precision"], block_length=block)
     data = load_data(
         config["dataset"],
         tokenizer=backbone.tokenizer,
@@ -192,13 +224,16 @@ def assemble(config: Mapping) -> Parts:
         micro_batch=config["micro_batch"],
     )
     torch.manual_seed(config["seed"])  # of the method's initial tensors and of dropout
-    method = build_method(config["method"], backbone)
+    method = build_method(config["method"], backbone.net, backbone.kinds)
     autocast = config["precision"] == "bf16"
     base = base_losses(backbone, data, autocast=autocast)
+    method.read(backbone.encode)
     method.attach(backbone.net)
     prepare(method, backbone, data, autocast=autocast)
     params = [p for _, p in trainable(backbone.net)]
     optimizer = build_optimizer(config["optimizer"], params)
+    if isinstance(optimizer, NetOptimizer):
+        optimizer.attach(backbone.net)
     steps = data.n_steps * config["epochs"]
     return Parts(config, backbone, data, base, method, optimizer, steps)
 
@@ -214,12 +249,23 @@ def prepare(method: Method, backbone: Backbone, data: Data, *, autocast: bool) -
     method.prepare(nats, data.batches(data.train))
 
 
-def build_method(method: Mapping, backbone: Backbone) -> Method:
-    """Find the sites and construct the method that the config group `method` describes."""
-    kinds = kinds_of(backbone.net.config.model_type, backbone.kinds)
-    sites = find_sites(backbone.net, kinds, method["sites"])
+def build_method(method: Mapping, net: PreTrainedModel, kinds: Mapping | None) -> Method:
+    """Find the sites and construct the method that the config group `method` describes.
+
+    kinds: model.kinds.
+    """
+    sites = find_sites(net, kinds_of(net.config.model_type, kinds), method["sites"])
     arguments = {key: value for key, value in method.items() if key not in NOT_ARGUMENTS}
     return _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
+
+
+def _check_in_backward(config: Mapping, optimizer: torch.optim.Optimizer) -> None:
+    """Require what an update within backward needs: gradients that are whole, one at a time."""
+    if in_backward(optimizer):
+        clip, micro, batch = config["optimizer"]["clip"], config["micro_batch"], config["batch"]
+        why = "this optimizer updates within backward"
+        require(clip is None, "optimizer.clip", clip, f"null, as {why}")
+        require(micro == batch, "micro_batch", micro, f"batch ({batch}), as {why}")
 
 
 def build_optimizer(optimizer: Mapping, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """The linear layers of a backbone that a method may change, and what each is called."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,6 +49,7 @@ class Site(NamedTuple):
     kind: str  # its role, the same word in every layer: "q"; "k+v" of rows of a fused layer
     module: nn.Linear  # W [d_out, d_in], b [d_out] or None; never trained
     rows: tuple[int, ...] | None = None  # of W, ascending, that are the site; None = all
+    d_kv: int = 0  # width of all keys of a token in this backbone: key heads x head width
 
     @property
     def d_in(self) -> int:
@@ -107,8 +108,9 @@ def find_sites(
             f"this model has the kinds {', '.join(kinds)} (or all)",
         )
     ends = {"." + kinds[kind]: kind for kind in chosen}
+    d_kv = _d_kv(net)
     sites = [
-        Site(name, kind, module)
+        Site(name, kind, module, d_kv=d_kv)
         for name, module in net.named_modules()
         for end, kind in ends.items()
         if name.endswith(end) and isinstance(module, nn.Linear)
@@ -122,6 +124,13 @@ def find_sites(
     if 0 < len(parts) < len(FUSED):
         sites = [_rows_of(site, parts, net) if site.kind == FUSED else site for site in sites]
     return tuple(sites)
+
+
+def _d_kv(net: PreTrainedModel) -> int:
+    config = net.config.get_text_config()
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return (getattr(config, "num_key_value_heads", None) or heads) * head_width
 
 
 def _parts(net: PreTrainedModel, kinds: Mapping[str, str], chosen: Sequence[str]) -> list[str]:
@@ -140,3 +149,25 @@ def _rows_of(site: Site, parts: Sequence[str], net: PreTrainedModel) -> Site:
     width = site.d_out // (heads * len(FUSED))
     rows = (row for row in range(site.d_out) if FUSED[row // width % len(FUSED)] in parts)
     return site._replace(kind="+".join(parts), rows=tuple(rows))
+
+
+def decoder_blocks(backbone: nn.Module) -> tuple[str, int]:
+    """Return name and length of the list of decoder blocks.
+
+    It is the outermost list as long as the model has layers: an inner one may hold experts.
+    Raises: InputError if there is none, or more than one.
+    """
+    count = cast(PreTrainedModel, backbone).config.get_text_config().num_hidden_layers
+    lists = [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    outermost = [a for a in lists if not any(a.startswith(f"{b}.") for b in lists)]
+    require(
+        len(outermost) == 1,
+        "model",
+        type(backbone).__name__,
+        f"for this method one with one list of its {count} decoder blocks; it has {outermost}",
+    )
+    return outermost[0], count

@@ -29,8 +29,3 @@ def split(n: int, factor: int) -> tuple[int, int]:
 def is_thin(rank: int, d_out: int, d_in: int) -> bool:
     """Whether a matrix [d_out, d_in] is worth holding as two factors of rank `rank`."""
     return 2 * rank < max(d_out, d_in)
-
-
-def thin(rank: int, d_out: int, d_in: int) -> int:
-    """Count the entries of a matrix [d_out, d_in], held as two factors if `is_thin`."""
-    return rank * (d_out + d_in) if is_thin(rank, d_out, d_in) else d_out * d_in

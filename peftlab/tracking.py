@@ -143,13 +143,15 @@ class WandbTracker:
 
         wandb.setup(wandb.Settings(silent=True))  # outside of a run it prints, too
         run_dir = run_dir.resolve()
+        # A trial's run on another seed has a folder of its own: <trial>-seed<seed>.
+        label = run_dir.name if run_dir.name.startswith(f"{trial}-") else trial
 
         def init(mode: Any) -> Any:
             return wandb.init(
                 mode=mode,
                 dir=run_dir,
-                id=run_id if trial is None else _trial_id(run_dir.parent, trial),
-                name=run_dir.name if study is None or trial is None else f"{study}-{trial}",
+                id=run_id if trial is None else _trial_id(run_dir),
+                name=run_dir.name if study is None or trial is None else f"{study}-{label}",
                 group=study if self.group is None else self.group,
                 project=self.project,
                 entity=self.entity,
@@ -300,8 +302,8 @@ def _mode(mode: str) -> str:
     return override or mode
 
 
-def _trial_id(sweep_dir: Path, trial: int) -> str:
-    return hashlib.sha256(f"{sweep_dir}/{trial}".encode()).hexdigest()[:16]
+def _trial_id(run_dir: Path) -> str:
+    return hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
 
 
 def _first_line(error: BaseException) -> str:

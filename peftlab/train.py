@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftlab.config import HOME, register_resolvers, resolve
+from peftlab.config import HOME, OBJECTIVES, register_resolvers, resolve
 from peftlab.errors import InputError
+from peftlab.trial import Pruned
 
 CONF = str(HOME / "conf")
 register_resolvers()  # at import, so that a job on another machine has them too
@@ -47,16 +48,17 @@ def train(overrides: list[str]) -> int:
     return 0
 
 
-def job(config: DictConfig) -> float:
-    """Run one composed config; return its objective, the final train loss in bits per token."""
+def job(config: DictConfig) -> float | list[float]:
+    """Run one composed config; return its objective. Raises: Pruned if its trial was pruned."""
     from peftlab.run import run
     from peftlab.show import show_result, try_next
 
     single = HydraConfig.get().mode == RunMode.RUN
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        resolved = resolve(config)
         result = run(
-            resolve(config),
+            resolved,
             folder,
             trial=None if single else HydraConfig.get().job.num,
             job_type="train" if single else "sweep",
@@ -71,7 +73,19 @@ def job(config: DictConfig) -> float:
     show_result(result, folder)
     if single:
         print(try_next(result))
-    return result["final"]["train_bits_per_token"] if result["final"] else math.inf
+    if result["status"] == "pruned":
+        raise Pruned
+    return objective(result, resolved["objective"])
+
+
+def objective(result: Mapping, names: str | Sequence[str]) -> float | list[float]:
+    """Return what a sweep optimises, one number or several; infinite if the run diverged."""
+    several = [names] if isinstance(names, str) else list(names)
+    values = []
+    for name in several:
+        group = OBJECTIVES[name]
+        values.append(result[group][name] if result["final"] else math.inf)
+    return values[0] if isinstance(names, str) else values
 
 
 @contextmanager

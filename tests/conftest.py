@@ -19,6 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from peftlab.backbone import conv1d_to_linear
 from peftlab.cards import method_names
 from peftlab.config import HOME, resolve
+from peftlab.data import Batch
+from peftlab.fit import nats_of
 from peftlab.method import Method
 from peftlab.run import NOT_ARGUMENTS, _instantiate
 from peftlab.sites import FAMILIES, find_sites
@@ -77,7 +79,9 @@ def defaults(name: str) -> dict:
     """conf/method/NAME.yaml, with sizes that fit the tiny backbones and no extreme boost."""
     method = yaml.safe_load((HOME / "conf" / "method" / f"{name}.yaml").read_text())
     sizes = {"rank": 4, "r_1": 4, "r_2": 3, "l_1": 2, "l_a": 2, "l_b": 3, "r_u": 3, "r_v": 2}
-    sizes |= {"bottleneck": 3, "target_rank": 2}
+    sizes |= {"bottleneck": 3, "target_rank": 2, "length": 3, "hidden": 5, "dimension": 96}
+    sizes |= {"reduction": 2, "head_width": 4}
+    sizes |= {"keep": 0.5}
     gentle = {"gamma": 2.0, "alpha": 2.0}
     return method | {k: v for k, v in (sizes | gentle).items() if k in method}
 
@@ -88,7 +92,16 @@ def make(name: str, net: nn.Module, **changes: object) -> Any:
     torch.manual_seed(3)
     sites = find_sites(net, FAMILIES[net.config.model_type], method["sites"])
     arguments = {k: v for k, v in method.items() if k not in NOT_ARGUMENTS}
-    return _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
+    built = _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
+    return built.eval()  # as the backbones are
+
+
+def attach(method: Method, net: Any) -> None:
+    """Attach `method` and let it look at two tiny batches, as a run does before training."""
+    method.attach(net)
+    ids = torch.randint(VOCABULARY, (2, 2, 9), generator=torch.Generator().manual_seed(5))
+    batches = [Batch(row[:, :-1], row[:, 1:], None, row[:, :-1].numel()) for row in ids]
+    method.prepare(lambda batch: nats_of(net, batch), batches)
 
 
 def shake(method: Method, std: float = 0.1) -> None:

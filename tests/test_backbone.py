@@ -50,6 +50,7 @@ def model(folder, **changes):
         "sha256": None,
         "device": "cpu",
         "dtype": "auto",
+        "quantize": None,
         "attention": "auto",
         "kinds": None,
         **changes,

@@ -2,8 +2,12 @@
 
 import hydra
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from hydra_plugins.peftlab_sweeper._space import read_space
+from peftlab.cards import method_names
 from peftlab.config import HOME, check, resolve, run_name
 from peftlab.train import CONF
 
@@ -55,7 +59,30 @@ def test_every_key_has_a_comment_on_its_line_or_above():
 
 def test_sweeps_name_keys_that_exist():
     for path in (HOME / "sweeps").glob("*.yaml"):
-        sweep = OmegaConf.load(path)
-        for key in sweep.hydra.sweeper.params:
+        sweep = yaml.safe_load(path.read_text())
+        params = sweep["hydra"]["sweeper"].get("params", {})
+        for key in params:
             assert OmegaConf.select(compose(), key) is not None
-        assert sweep.skip_finished is True
+        assert params or sweep["hydra"]["sweeper"]["search"] == "${method.search}"
+        assert sweep["skip_finished"] is True
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_can_be_tuned(name):
+    """Its ranges are read, name keys that exist, and hold its own default or lie around it."""
+    config = compose(f"method={name}")
+    space = read_space([], [config.method.search], {}, OverridesParser.create())
+    assert {parameter.name for parameter in space.parameters} == set(config.method.search)
+    assert "optimizer.lr" in config.method.search
+    for parameter in space.parameters:
+        assert OmegaConf.select(config, parameter.name) is not None
+        first = parameter.values()[0] if parameter.texts else parameter.distribution.low
+        compose(f"method={name}", parameter.override(first))
+
+
+def test_one_number_can_be_made_of_others():
+    tied = 'method.gamma="${peftlab_power:${optimizer.lr},-${aux.p}}"'
+    resolved = resolve(compose(tied, "optimizer.lr=1e-4", "+aux.p=0.75"))
+    assert resolved["method"]["gamma"] == pytest.approx(1000.0)
+    assert resolved["aux"] == {"p": 0.75}
+    check(resolved)

@@ -4,16 +4,18 @@ import inspect
 from copy import deepcopy
 
 import hydra
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NETS, VOCABULARY, defaults, make, shake
+from conftest import NETS, VOCABULARY, attach, defaults, make, shake
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from peftlab.cards import card
 from peftlab.checkpoint import adapter_tensors, load_adapter, save_adapter
 from peftlab.method import NotMergeable, WeightMethod, trainable
 from peftlab.run import NOT_ARGUMENTS
+from peftlab.sites import FAMILIES, find_sites
 
 
 def loss_of(net, tokens):
@@ -30,6 +32,7 @@ def sizes_of(net):
     sizes = {n: p.numel() for n, p in net.named_parameters()}
     norms = {n: size for n, size in sizes.items() if "norm" in n or "ln_" in n}
     return {
+        "n_hidden": net.config.hidden_size,
         "n_block": sum(size for n, size in sizes.items() if ".0." in n),
         "n_norms": sum(norms.values()),
         "n_norm_biases": sum(size for n, size in norms.items() if n.endswith(".bias")),
@@ -37,17 +40,30 @@ def sizes_of(net):
     }
 
 
+def count_of_peft(net, peft_type, args):
+    """What peft itself says of its own model, targets being all linear layers."""
+    names = [site.name for site in find_sites(net, FAMILIES[net.config.model_type], "all")]
+    keywords = {"task_type": "CAUSAL_LM", "target_modules": names, **(args or {})}
+    config = peft.get_peft_config({"peft_type": peft_type, **keywords})
+    return peft.get_peft_model(deepcopy(net), config).get_nb_trainable_parameters()[0]
+
+
 def test_identity_at_step_0(name, net, tokens, expect_close):
     base = net(tokens).logits
-    make(name, net).attach(net)
-    expect_close(net(tokens).logits, base)
+    method = make(name, net)
+    attach(method, net)
+    if method.identity:
+        expect_close(net(tokens).logits, base)
+        return
+    assert (net(tokens).logits - base).abs().max() > 1e-3  # otherwise it should say that it is
+    assert "not the identity" in " ".join(card(name).docstring.split())
 
 
 def test_merge_equals_adapted(name, net, tokens, expect_close):
     keys = set(net.state_dict())
     base = net(tokens).logits
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     if not has_own_tensors(method):
         with torch.no_grad():
             next(p for _, p in trainable(net)).add_(0.1)
@@ -88,7 +104,7 @@ def test_factored_form_equals_literal_form_with_gradients(name, net, tokens, exp
 
 def test_only_declared_tensors_change(name, net, tokens):
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     shake(method)
     declared = {n for n, _ in trainable(net)}
     before = deepcopy(dict(net.state_dict()))
@@ -102,18 +118,22 @@ def test_only_declared_tensors_change(name, net, tokens):
     assert all(p.dtype == torch.float32 for _, p in trainable(net))
 
 
+# transformers warns peft, which looks at an old name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_count_equals_the_docstring(name, net):
     n_params, sizes = sum(p.numel() for p in net.parameters()), sizes_of(net)
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     counted = sum(p.numel() for _, p in trainable(net))
     arguments = {k: v for k, v in defaults(name).items() if k not in NOT_ARGUMENTS}
+    if "peft_type" in arguments:
+        sizes["n_peft"] = count_of_peft(NETS[net.config.model_type](), **arguments)
     assert card(name).count(method.sites, n_params, arguments | sizes) == counted > 0
 
 
 def test_gradient_reaches_every_tensor(name, net, tokens):
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     shake(method)
     loss_of(net, tokens).backward()
     for tensor_name, p in trainable(net):
@@ -122,7 +142,7 @@ def test_gradient_reaches_every_tensor(name, net, tokens):
 
 
 def test_each_tensor_has_one_name_and_no_shared_storage(name, net):
-    make(name, net).attach(net)
+    attach(make(name, net), net)
     tensors = [t for n, t in adapter_tensors(net).items() if n.startswith("peft.")]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
 
@@ -130,7 +150,7 @@ def test_each_tensor_has_one_name_and_no_shared_storage(name, net):
 def test_save_and_load_restore_the_function(name, net, tokens, tmp_path):
     other = deepcopy(net)
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     shake(method)
     if not has_own_tensors(method):
         with torch.no_grad():
@@ -144,7 +164,7 @@ def test_save_and_load_restore_the_function(name, net, tokens, tmp_path):
 
 
 def test_three_steps_lower_the_loss(name, net, tokens):
-    make(name, net).attach(net)
+    attach(make(name, net), net)
     optimizer = torch.optim.AdamW([p for _, p in trainable(net)], lr=3e-3)
     losses = []
     for _ in range(4):
@@ -165,7 +185,7 @@ def test_same_seed_same_tensors(name, net):
 def test_detach_gives_the_backbone_back(name, net, tokens):
     base, keys = net(tokens).logits, set(net.state_dict())
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     shake(method)
     method.detach(net)
     assert torch.equal(net(tokens).logits, base) and set(net.state_dict()) == keys
@@ -196,7 +216,7 @@ def test_compile_takes_as_many_graphs_for_six_layers_as_for_three(name, kind, to
     for layers in (3, 6):
         torch._dynamo.reset()
         net = NETS[kind](layers)
-        make(name, net).attach(net)
+        attach(make(name, net), net)
         graphs = []
 
         def count(graph, inputs, graphs=graphs):
@@ -214,7 +234,7 @@ def test_compile_takes_as_many_graphs_for_six_layers_as_for_three(name, kind, to
 
 def test_a_cast_reaches_what_the_sites_see(name, net, tokens, expect_close):
     method = make(name, net)
-    method.attach(net)
+    attach(method, net)
     shake(method)
     expected = net(tokens).logits
     net.double()
@@ -222,6 +242,6 @@ def test_a_cast_reaches_what_the_sites_see(name, net, tokens, expect_close):
         tensor.dtype == torch.float64
         for t in getattr(method, "tensors", ())
         for tensor in vars(t).values()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
     )
     expect_close(net(tokens).logits.float(), expected)

@@ -35,7 +35,8 @@ def test_contents(wheel):
     }
     shipped |= {
         str(path.relative_to(HOME))
-        for path in (HOME / "peftlab").rglob("*")
+        for package in ("peftlab", "hydra_plugins")
+        for path in (HOME / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert shipped <= names
@@ -67,3 +68,5 @@ def test_works_outside_the_repository(wheel, tmp_path):
     assert json.loads(result.read_text())["provenance"]["git_commit"] is None
     run(RUN[0], "-m", *RUN[1:], "+sweeps=lr", "optimizer.lr=1e-4")
     assert len(list(tmp_path.glob("outputs/lr-tied_lora-*/0/result.json"))) == 1
+    run(RUN[0], "-m", *RUN[1:], "+sweeps=tune", "hydra.sweeper.n_trials=1")  # our plugin is found
+    assert len(list(tmp_path.glob("outputs/tune-tied_lora-*/0/result.json"))) == 1

@@ -32,7 +32,9 @@ class AdaLoRA(LowRank):
     Trainable:
         per site: rank * (d_in + d_out + 1)
     Differs from the paper: the norms of the penalty are a mean and not squared, as in Hugging
-    Face's peft. Triplets that were dropped keep their place in the file, with Λ = 0; so do Ī and Ū.
+    Face's peft. Triplets that were dropped keep their place in the file, with Λ = 0.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class AdaLoRA(LowRank):
         self.own("P", lambda s: normal(s.d_out, rank, std=0.02))
         self.own("Lambda", lambda s: torch.zeros(rank))
         self.own("Q", lambda s: normal(rank, s.d_in, std=0.02))
-        # Stored, so that a run that was stopped goes on exactly.
+        # Stored until the end, so that a run that was stopped goes on exactly.
         for kind in ("mean", "spread"):
             self.fixed(f"P_{kind}", lambda s: torch.zeros(s.d_out, rank))
             self.fixed(f"Lambda_{kind}", lambda s: torch.zeros(rank))
@@ -103,6 +105,12 @@ class AdaLoRA(LowRank):
             return
         for t in self.tensors:
             t.Lambda.mul_(t.kept)
+
+    def compact(self) -> None:
+        """Drop the running means and the last choice: Λ holds what was chosen."""
+        self.discard(
+            "kept", *(f"{n}_{e}" for n in ("P", "Lambda", "Q") for e in ("mean", "spread"))
+        )
 
     def budget(self, step: int, total: int) -> int:
         """b(t): how many triplets of all sites may be non-zero after step `step` of `total`."""

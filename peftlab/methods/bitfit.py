@@ -26,6 +26,8 @@ class BitFit(SelectMethod):
         per model: norms * n_norm_biases
     Differs from the paper: no task head is trained. Created biases are T-Few's way to use BitFit
     on a bias-free model (arXiv:2205.05638).
+    Merge: in place.
+    Family: selective.
     """
 
     def __init__(self, sites: Sequence[Site], *, norms: bool, create: bool) -> None:
@@ -40,8 +42,8 @@ class BitFit(SelectMethod):
         self.norms, self.create = norms, create
         self.created: list[Site] = []
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Freeze all but the biases, after creating those that are wanted and missing."""
+    def hook(self, backbone: nn.Module) -> None:
+        """Unfreeze the biases, after creating those that are wanted and missing."""
         if self.create:
             self.created = [s for s in self.sites if s.module.bias is None]
             for site in self.created:
@@ -50,19 +52,19 @@ class BitFit(SelectMethod):
         self.owners = {s.name for s in self.sites}
         if self.norms:
             self.owners.update(norms_of(backbone))
-        super().attach(backbone)
+        super().hook(backbone)
 
     def selects(self, name: str, p: nn.Parameter) -> bool:
         """Whether it is a bias of a site, or of a norm if those are wanted."""
         owner, _, last = name.rpartition(".")
         return last == "bias" and owner in self.owners
 
-    def detach(self, backbone: nn.Module) -> None:
+    def unhook(self, backbone: nn.Module) -> None:
         """Take the created biases off again."""
         for site in self.created:
             site.module.register_parameter("bias", None)
         self.created = []
-        super().detach(backbone)
+        super().unhook(backbone)
 
     def merge(self, backbone: nn.Module) -> None:
         """Leave the created biases to the backbone and detach."""

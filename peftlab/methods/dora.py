@@ -30,6 +30,8 @@ class DoRA(WeightMethod):
         per site: rank * (d_in + d_out) + d_out
     Differs from the paper: nothing. `detach_norm` treats n as a constant in backward (section
     4.3, as the authors' and Hugging Face's code do); false is eq. 5 with its whole gradient.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

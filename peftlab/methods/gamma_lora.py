@@ -26,6 +26,8 @@ class GammaLoRA(LowRank):
         per site: rank * (d_in + d_out)
     Differs from the paper: the text draws the factor at the output and zeroes the one at the
     input; its code does the opposite. `random_factor` offers both, A (the code's) by default.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -25,6 +25,8 @@ class Houlsby(Bottleneck):
         per site: 2 * bottleneck * d_out + bottleneck + d_out
     Differs from the paper: U starts at 0, not near it; the layer norms stay frozen. Where the
     backbone normalises a sublayer's output too (Gemma 2 and 3), the adapter stands before that.
+    Merge: no: its non-linearity is in no weight.
+    Family: additive.
     """
 
     def __init__(

@@ -25,6 +25,8 @@ class IA3(WeightMethod):
         per site: d_in if kind == "down" else n_rows
     Differs from the paper: nothing in the model; its two extra losses, which are for multiple
     choice, are left out.
+    Merge: exact.
+    Family: additive.
     """
 
     parts = True

@@ -52,9 +52,13 @@ class KronA(Kronecker):
 
     Init: A normal with variance 1 / a_1, which keeps the size of x; B = 0, so W' = W at step 0.
     Trainable:
-        per site: (s := kron_sizes(d_out, d_in, a_2, a_1))[0] * s[1] + s[2] * s[3]
+        per site: a_2 * a_1 + b_2 * b_1
+            where a_2, b_2 = split(d_out, a_2)
+            where a_1, b_1 = split(d_in, a_1)
     Differs from the paper: matrices are [out, in], the transpose of the paper's. Its variance of A
     was not to be had. Its variants beside the MLP, which cannot be merged, are left out.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(self, sites: Sequence[Site], *, a_1: int, a_2: int, scale: float) -> None:

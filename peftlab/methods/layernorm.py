@@ -18,12 +18,14 @@ class LayerNorm(SelectMethod):
         per model: n_norms
     Differs from the paper: it tunes the norms of a multimodal model, together with other parts
     of it; here they are trained alone, the final norm and norms of q and k among them.
+    Merge: in place.
+    Family: selective.
     """
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Freeze all but the normalisation layers."""
+    def hook(self, backbone: nn.Module) -> None:
+        """Unfreeze the normalisation layers."""
         self.norms = norms(backbone)
-        super().attach(backbone)
+        super().hook(backbone)
 
     def selects(self, name: str, p: nn.Parameter) -> bool:
         """Whether it belongs to a normalisation layer."""

@@ -24,9 +24,14 @@ class LoKr(Kronecker):
 
     Init: W1 = 0, so W' = W at step 0; W2, W2a and W2b Kaiming uniform, U(-1/√fan_in, 1/√fan_in).
     Trainable:
-        per site: (s := kron_sizes(d_out, d_in, factor, factor))[0] * s[1] + thin(rank, s[2], s[3])
+        per site: o_1 * i_1 + w_2
+            where o_1, o_2 = split(d_out, factor)
+            where i_1, i_2 = split(d_in, factor)
+            where w_2 = rank * (o_2 + i_2) if 2 * rank < max(o_2, i_2) else o_2 * i_2
     Differs from the paper: nothing; as Hugging Face's code with its defaults (LyCORIS zeroes W2b
     instead of W1). W1 is never itself a product (`decompose_both`), and there is no dropout.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(self, sites: Sequence[Site], *, rank: int, alpha: float, factor: int) -> None:

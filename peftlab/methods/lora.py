@@ -19,6 +19,8 @@ class LoRA(LowRank):
     Trainable:
         per site: rank * (d_in + d_out)
     Differs from the paper: A is uniform, as in the authors' code, not Gaussian.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(self, sites: Sequence[Site], *, rank: int, alpha: float, dropout: float) -> None:

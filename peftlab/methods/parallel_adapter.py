@@ -25,6 +25,8 @@ class ParallelAdapter(Bottleneck):
         per site: 2 * bottleneck * d_out + bottleneck + d_out
     Differs from the paper: its models have the norm after the MLP, so that x is the residual stream
     itself; here the norm comes first, and x is its output. scale is not trained.
+    Merge: no: its non-linearity is in no weight.
+    Family: additive.
     """
 
     def __init__(

@@ -37,6 +37,8 @@ class PartiallyTiedLoRA(LowRank):
         per group: rank * (l_a * d_in + l_b * d_out)
         per site: l_a + l_b + pre * d_in + mid * rank + post * d_out
     Differs from the paper: nothing.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

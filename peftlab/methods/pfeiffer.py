@@ -31,6 +31,8 @@ class Pfeiffer(Bottleneck):
     decoder with the norm first, as in the library AdapterHub. Where the backbone also normalises
     the MLP's output (Gemma 2 and 3), z holds the normalised output with the residual, the bare one
     without.
+    Merge: no: its non-linearity is in no weight.
+    Family: additive.
     """
 
     def __init__(

@@ -24,6 +24,8 @@ class PiSSA(LowRank):
     Differs from the paper: W itself stays in the backbone and B₀ A₀ is subtracted by two constant
     factors, stored with the adapter. The function and its gradients are the same; nothing is lost
     when W is bf16, where rounding the residual would break the identity.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(self, sites: Sequence[Site], *, rank: int, alpha: float, dropout: float) -> None:

@@ -16,6 +16,8 @@ class RsLoRA(LoRA):
     Trainable:
         per site: rank * (d_in + d_out)
     Differs from the paper: nothing.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(self, sites: Sequence[Site], *, rank: int, alpha: float, dropout: float) -> None:

@@ -34,6 +34,8 @@ class SimpleDoRA(WeightMethod):
         per site: rank * (d_in + d_out) + d_out
     Differs from the paper: the text divides by the Euclidean norm, its code, followed here, by
     the RMS (√d_in smaller); the text's main formula prints W where it means W⁰.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -23,6 +23,8 @@ class StrongGammaLoRA(LowRank):
     Trainable:
         per site: rank * (d_in + d_out)
     Differs from the paper: nothing.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

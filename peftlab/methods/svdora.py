@@ -26,6 +26,8 @@ class SVDoRA(WeightMethod):
         per site: r_u * (d_in + k) + k + r_v * (k + d_out)
     Differs from the paper: nothing. P and Q are stored with the adapter: a decomposition computed
     elsewhere may have other signs.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -36,6 +36,8 @@ class TensorEmbedding(LowRank):
         per group: r_1 * d_in + r_2 * d_out + l_1 * r_1 * r_2
         per site: l_1 + pre * d_in + post * d_out
     Differs from the paper: nothing.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -35,6 +35,8 @@ class TiedLoRA(LowRank):
     Differs from the paper: the scale and the γ boost are Conner's; all seven linears, not only
     the fused q, k, v. Differs from Conner's code: `mid` follows its own switch and γ's exponent
     counts the factors that are there (both were wrong).
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -34,6 +34,8 @@ class TiedLoRAExtra(LowRank):
         per group: r_1 * d_in + r_2 * d_out
         per site: r_1 * r_2 + pre * d_in + post * d_out
     Differs from the paper: nothing.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(

@@ -1,15 +1,12 @@
 """Top-layers fine-tuning."""
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from peftlab.errors import require
 from peftlab.method import SelectMethod, check_count
 from peftlab.methods.layernorm import norms
-from peftlab.sites import Site
+from peftlab.sites import Site, decoder_blocks
 
 
 class TopLayers(SelectMethod):
@@ -25,6 +22,8 @@ class TopLayers(SelectMethod):
         per model: k * n_block + n_final_norm
     Differs from the paper: no task head is trained. The output embedding stays frozen, tied or
     not: tied, it is the input embedding of the first block.
+    Merge: in place.
+    Family: selective.
     """
 
     def __init__(self, sites: Sequence[Site], *, k: int) -> None:
@@ -32,8 +31,8 @@ class TopLayers(SelectMethod):
         check_count(k=k)
         self.k = k
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Freeze all but the last k blocks and the final norm.
+    def hook(self, backbone: nn.Module) -> None:
+        """Unfreeze the last k blocks and the final norm.
 
         Raises: InputError if there are fewer than k blocks, or no list of them is found.
         """
@@ -43,30 +42,8 @@ class TopLayers(SelectMethod):
         beside = [name for name in norms(backbone) if name.rpartition(".")[0] == parent]
         last = [f"{blocks}.{i}" for i in range(count - self.k, count)]
         self.prefixes = tuple(f"{name}." for name in last + beside[-1:])
-        super().attach(backbone)
+        super().hook(backbone)
 
     def selects(self, name: str, p: nn.Parameter) -> bool:
         """Whether it belongs to one of the last k blocks, or to the final norm."""
         return name.startswith(self.prefixes)
-
-
-def decoder_blocks(backbone: nn.Module) -> tuple[str, int]:
-    """Return name and length of the list of decoder blocks.
-
-    It is the outermost list as long as the model has layers: an inner one may hold experts.
-    Raises: InputError if there is none, or more than one.
-    """
-    count = cast(PreTrainedModel, backbone).config.get_text_config().num_hidden_layers
-    lists = [
-        name
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    outermost = [a for a in lists if not any(a.startswith(f"{b}.") for b in lists)]
-    require(
-        len(outermost) == 1,
-        "method",
-        "top_layers",
-        f"needs a model with one list of its {count} decoder blocks, this one has {outermost}",
-    )
-    return outermost[0], count

@@ -25,6 +25,8 @@ class VeRA(LowRank):
         per site: rank + d_out
     Differs from the paper: nothing. The pair is stored with the adapter, since random numbers
     differ between versions of torch.
+    Merge: exact.
+    Family: reparametrisation.
     """
 
     def __init__(
