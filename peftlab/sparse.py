@@ -6,6 +6,7 @@ decay move what is masked. Here the chosen entries are one vector, the only thin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, cast
@@ -160,22 +161,20 @@ def outer(gradient: Tensor, x: Tensor) -> Tensor:
 def largest(scores: Iterable[Tensor], k: int) -> Tensor:
     """Return where the k largest of all scores, laid end to end, stand, ascending: exactly k.
 
-    Goes through them one tensor after the other, so that no more than one is ever sorted.
+    Goes through them one tensor after the other, and never holds more than 3 k beside it.
     """
-    best, at, offset = torch.empty(0), torch.empty(0, dtype=torch.int64), 0
+    best, at = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    offset, floor = 0, -math.inf
     for score in scores:
         flat = score.flatten()
-        if len(best) == k:
-            (found,) = (flat > best.min()).nonzero(as_tuple=True)
-        else:
-            found = torch.arange(len(flat), device=flat.device)
+        (found,) = (flat > floor).nonzero(as_tuple=True)
         best = torch.cat([best.to(flat), flat[found]])
         at = torch.cat([at.to(flat.device), found + offset])
-        if len(best) > k:
-            best, kept = best.topk(k)
-            at = at[kept]
         offset += len(flat)
-    return at.sort().values
+        if len(best) > 3 * k:
+            best, kept = best.topk(k)
+            at, floor = at[kept], best[-1].item()
+    return at[best.topk(k).indices].sort().values
 
 
 def share_of(total: int, keep: float, what: str) -> int:

@@ -2,7 +2,7 @@
 
     python scripts/methods_table.py OUTPUT > docs/runs.md
 
-Two runs at a time, one thread each; about 40 minutes on two cores. Finished runs in OUTPUT are
+Two runs at a time, one thread each; about half an hour on two cores. Finished runs in OUTPUT are
 kept: the same command goes on. A run that does not end `completed` and below its base is marked.
 """
 
@@ -18,8 +18,9 @@ TASKS = {
     "SmolLM2-135M": [
         "model=smollm2",
         "dataset=chatterbot",
-        "dataset.train_size=32",
+        "dataset.train_size=16",
         "dataset.test_size=8",
+        "batch=4",
     ],
     "tiny_gpt2": [
         "model=tiny_gpt2",

@@ -20,7 +20,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -107,7 +112,8 @@ class Worker:
         self.pipe, theirs = spawn.Pipe()
         log = Path(config.hydra.sweep.dir).absolute() / f"worker-{index}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        hydra = pickle.dumps((Singleton._instances, context, task, config))
+        search_path = context.config_loader.get_search_path()
+        hydra = pickle.dumps((_state(), search_path, task, config))
         # daemon: ended with this process, should it end in an orderly way without close()
         self.process = spawn.Process(target=_serve, args=(theirs, hydra, log), daemon=True)
         self.process.start()
@@ -138,6 +144,12 @@ class Worker:
         self.process.join(STOP_S)
 
 
+def _state() -> dict[type, Any]:
+    """Return what a worker cannot find by itself: stored configs, the app's name and version."""
+    own = (Plugins, SourcesRegistry, GlobalHydra)
+    return {kind: one for kind, one in Singleton._instances.items() if kind not in own}
+
+
 def _serve(pipe: Connection, hydra: bytes, log: Path) -> None:
     """Run in the worker: take jobs from the pipe until it is closed."""
     os.setpgid(0, 0)  # Ctrl-C on the terminal reaches the sweeper, which passes it on
@@ -146,8 +158,10 @@ def _serve(pipe: Connection, hydra: bytes, log: Path) -> None:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     setup_globals()
-    instances, context, task, config = pickle.loads(hydra)
-    Singleton._instances = instances
+    Plugins.instance()  # a worker finds the plugins itself
+    state, search_path, task, config = pickle.loads(hydra)
+    Singleton._instances.update(state)
+    context = HydraContext(ConfigLoaderImpl(search_path), Callbacks(config))
     jobs: queue.Queue[tuple[list[str], int]] = queue.Queue()
     threading.Thread(target=_receive, args=(pipe, jobs), daemon=True).start()
     while True:

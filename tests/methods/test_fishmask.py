@@ -205,7 +205,7 @@ def test_nothing_of_a_matrixs_size_is_kept_for_backward():
 
 def test_the_largest_of_all_scores_exactly_k_even_with_ties():
     scores = [torch.tensor([[1.0, 5.0], [2.0, 2.0]]), torch.tensor([7.0, 2.0, 0.0])]
-    assert largest(scores, 3).tolist()[::2] == [1, 4]
+    assert sorted({*largest(scores, 3).tolist()} - {2, 3, 5}) == [1, 4]  # and one of three 2s
     assert [len(largest(scores, k)) for k in range(1, 8)] == list(range(1, 8))
     many = [torch.randn(50, 40) for _ in range(5)]
     expected = torch.cat([s.flatten() for s in many]).topk(321).indices.sort().values

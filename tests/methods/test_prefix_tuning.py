@@ -127,7 +127,7 @@ def test_it_starts_at_what_the_model_makes_of_tokens(hidden, net, tokens, expect
 
 
 def test_it_starts_once(net):
-    method = make("prefix_tuning", net)
+    method = make("prefix_tuning", net, hidden=None)
     method.attach(net)
     shake(method)
     trained = [[x.clone() for x in method.kv(t)] for t in method.tensors]

@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_exit_code_2(mistake, tune, tmp_path, capfd):
     assert not list(tmp_path.glob("outputs/study/0/*"))
 
 
-def test_workers_keep_the_backbone_and_sum_up(rows_file, tmp_path):
+def test_one_worker_runs_a_whole_study(rows_file, tmp_path):
     words = [sys.executable, "-m", "peftlab", *WORDS, f"dataset.path={rows_file}", "method=lora"]
     words += ["hydra/launcher=peftlab_workers", "hydra/sweeper/sampler=grid", "epochs=1"]
     words += ["hydra.launcher.n_jobs=1", "method.rank=2", "optimizer.lr=1e-4,2e-4,3e-4"]

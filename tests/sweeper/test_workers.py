@@ -40,12 +40,6 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def running(folder):
-    """Process ids of all that was started for this folder, workers included."""
-    found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True)
-    return found.stdout.split()
-
-
 def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(tmp_path):
     more = ("k=1,2,3,4", f"log={tmp_path}/log", GRID, WORKERS)
     slow = start(tmp_path, *more, "sleep=0.5")
