@@ -1,7 +1,6 @@
 """Methods beside the backbone: they read its hidden states, and their output takes its place."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class SideMethod(Method):
         raise NotImplementedError
 
     def hook(self, backbone: nn.Module) -> None:
-        """Register hooks: of the decoder blocks, to read, of the base model, to replace.
+        """Register hooks: of the decoder blocks, to read, of the decoder, to replace.
 
         Raises: InputError if the blocks are not one per site.
         """
@@ -44,15 +43,15 @@ class SideMethod(Method):
         allowed = f"one layer of kind o for each of the {count} decoder blocks"
         require(len(self.sites) == count, "method.sites", f"{len(self.sites)} layers", allowed)
         blocks = [backbone.get_submodule(f"{name}.{i}") for i in range(count)]
-        base = cast(nn.Module, backbone.base_model)
+        decoder = backbone.get_submodule(name.rpartition(".")[0])  # OPT's base model is around it
         self.handles += [
-            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             blocks[0].register_forward_pre_hook(self._embeddings, with_kwargs=True),
             *(block.register_forward_hook(self._block) for block in blocks),
-            base.register_forward_hook(self._replace, with_kwargs=True),
+            decoder.register_forward_hook(self._replace, with_kwargs=True),
         ]
 
-    def _begin(self, base: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             raise TypeError("a side network has no key-value cache: give use_cache=False")
@@ -66,7 +65,7 @@ class SideMethod(Method):
     def _block(self, block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         self.hiddens.append(output[0] if isinstance(output, tuple) else output)
 
-    def _replace(self, base: nn.Module, args: tuple, kwargs: dict, output):
+    def _replace(self, decoder: nn.Module, args: tuple, kwargs: dict, output):
         hiddens, self.hiddens = [*self.hiddens, output.last_hidden_state], []
         output.last_hidden_state = self(
             [hidden.detach() for hidden in hiddens], kwargs.get("position_ids")

@@ -41,11 +41,13 @@ def test_the_main_job_learns_and_gives_the_readmes_numbers(tmp_path):
 
 def test_the_other_commands_run(tmp_path):
     lines = blocks()[2]
-    assert len(lines) == 5
+    assert len(lines) == 7
     outputs = [run_line(line, tmp_path) for line in lines]
     assert "after training" in outputs[0]
-    assert outputs[1].count("after training, bits") == 6
-    assert "gamma_lora" in outputs[3] and "W' = W + s diag(v) B diag(u) A" in outputs[4]
+    assert "after training" in outputs[1]
+    assert outputs[2].count("after training, bits") == 6
+    assert outputs[3].count("after training, bits") == 4 and "best: " in outputs[3]
+    assert "gamma_lora" in outputs[5] and "W' = W + s diag(v) B diag(u) A" in outputs[6]
 
 
 def test_the_test_command_is_this_one():

@@ -27,8 +27,8 @@ class SparseAdapter(Bottleneck):
 
     Houlsby's adapter with ⌊keep n⌋ of the n = 2 bottleneck n_outputs weights in all D and U, where
     n_outputs is the sum of all d_out. They are chosen once, before training; the others are 0, and
-    neither stored nor trained. Biases are dense. keep = 1 / c and
-    a bottleneck c times as wide is the paper's Large-Sparse: the size of a dense adapter.
+    neither stored nor trained. Biases are dense. keep = 1 / c and a bottleneck c times as wide is
+    the paper's Large-Sparse, of the size of a dense adapter.
 
     Chosen are the largest scores at a draw of D and U, both N(0, std²) cut at two std: random,
     magnitude |w|, or snip |w ∂w|, w's share in the loss of n_examples training examples. Scores
@@ -66,7 +66,7 @@ class SparseAdapter(Bottleneck):
             activation=activation,
             down=torch.empty,
         )
-        self.discard("D", "U")  # dense; here they are made of `chosen`
+        self.discard("D", "U")  # dense; here each forward pass makes them of `values`
         self.shapes = [
             shape for s in sites for shape in ((bottleneck, s.d_out), (s.d_out, bottleneck))
         ]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, make, shake, tiny_gpt2, tiny_llama
+from transformers import OPTConfig, OPTForCausalLM
 
 from peftlab.bits import linear_nll
 from peftlab.data import Batch
@@ -261,3 +262,24 @@ def test_start(net, residual, tokens):
     gap = (net(tokens).logits - base).abs().max()
     assert method.identity is residual and (gap == 0) == residual
     assert not any(m.bias.any() for m in (method.embed, *method.rungs, method.U))
+
+
+def test_it_acts_on_a_model_that_goes_past_its_base_model(tokens):
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    net = OPTForCausalLM(config).eval().requires_grad_(False)
+    bare = net(tokens, use_cache=False).logits
+    attached(net)
+    assert (net(tokens, use_cache=False).logits - bare).abs().max() > 1e-3
+    targets = torch.where(tokens == 0, 1, tokens)
+    batch = Batch(tokens, targets, None, tokens.numel())
+    logits = net(tokens, use_cache=False).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(nats_of(net, batch), expected)
