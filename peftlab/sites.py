@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, str]] = {
     },
 }
 FUSED = "qkv"  # the kind of a layer whose rows are those of q, k and v
+MLP = ("gate", "up", "down")  # kinds of its layers, those that a model has
 HEADS_APART = {"gpt2": False, "gpt_neox": True}  # rows: [q | k | v], or so within each head
 
 
@@ -91,13 +92,15 @@ def kinds_of(model_type: str, given: Mapping[str, str] | None) -> Mapping[str, s
 def find_sites(
     net: PreTrainedModel, kinds: Mapping[str, str], wanted: str | Sequence[str]
 ) -> tuple[Site, ...]:
-    """Return the sites of the wanted kinds in layer order; `wanted` is "all" or a list of kinds.
+    """Return the sites of the wanted kinds in layer order; `wanted`: all, mlp, or a list of kinds.
 
     Where q, k and v are one layer, of kind qkv, wanting some of them gives sites with `rows`.
     Raises: InputError if a kind is not mapped, or names no linear layer of this model.
     """
-    chosen = list(kinds) if wanted == "all" else [wanted] if isinstance(wanted, str) else wanted
-    require(len(chosen) > 0, "method.sites", wanted, f"all, or a list out of {', '.join(kinds)}")
+    words = {"all": list(kinds), "mlp": [kind for kind in kinds if kind in MLP]}
+    chosen = words.get(wanted, [wanted]) if isinstance(wanted, str) else wanted
+    known = f"all, mlp, or a list out of {', '.join(kinds)}"
+    require(len(chosen) > 0, "method.sites", wanted, known)
     parts = _parts(net, kinds, chosen)
     chosen = [kind for kind in chosen if kind not in parts] + [FUSED] * bool(parts)
     for kind in chosen:
@@ -105,7 +108,7 @@ def find_sites(
             kind in kinds,
             "method.sites",
             kind,
-            f"this model has the kinds {', '.join(kinds)} (or all)",
+            f"this model has the kinds {', '.join(kinds)} (or all, or mlp)",
         )
     ends = {"." + kinds[kind]: kind for kind in chosen}
     d_kv = _d_kv(net)

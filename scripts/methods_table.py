@@ -25,8 +25,8 @@ TASKS = {
     "tiny_gpt2": [
         "model=tiny_gpt2",
         "dataset=cmudict",
-        "dataset.train_size=200",
-        "dataset.test_size=50",
+        "dataset.train_size=100",
+        "dataset.test_size=25",
     ],
 }
 COMMON = ["threads=1", "tracking=none", "precision=bf16", "skip_finished=true"]

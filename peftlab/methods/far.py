@@ -17,10 +17,8 @@ from peftlab.method import (
     check_positive,
     check_switch,
 )
-from peftlab.sites import Site
+from peftlab.sites import MLP, Site
 from peftlab.sparse import drawn, share_of
-
-MLP = ("gate", "up", "down")
 
 
 class FAR(WeightMethod):
@@ -60,10 +58,10 @@ class FAR(WeightMethod):
         priming_lr: float,
         reset: bool,
     ) -> None:
-        sites = [site for site in sites if site.kind in MLP]
-        allowed = f"all, or some of {', '.join(MLP)}: FAR belongs to the MLP"
-        require(len(sites) > 0, "method.sites", "none of the MLP", allowed)
         super().__init__(sites)
+        for site in sites:
+            allowed = f"mlp, or some of {', '.join(MLP)}: FAR belongs to the MLP"
+            require(site.kind in MLP, "method.sites", site.kind, allowed)
         check_count(priming_steps=priming_steps, priming_batch=priming_batch)
         check_positive(priming_lr=priming_lr)
         check_switch(reset=reset)

@@ -145,7 +145,7 @@ def test_bf16(tokens):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"sites": ["qkv"]}, "method.sites=none of the MLP: all, or some of gate, up, down: FAR"),
+        ({"sites": ["qkv"]}, "method.sites=qkv: mlp, or some of gate, up, down: FAR"),
         ({"keep": 2}, "method.keep=2: a share in (0, 1]"),
         ({"keep": 0.01}, "method.keep=0.01: at least one of 64 nodes (transformer.h.0.mlp.c_fc)"),
         ({"priming_steps": 0}, "method.priming_steps=0: a whole number of at least 1"),

@@ -4,11 +4,17 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
-from pytest import mark
+from hydra.version import _UNSPECIFIED_, VersionBase
+from pytest import fixture, mark
 
 # The suites' apps name no version_base, of which Hydra warns.
 pytestmark = mark.filterwarnings("ignore:Future Hydra versions", "ignore:\n")
 FLAGS = ["hydra/sweeper=peftlab", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_trials=null"]
+
+
+@fixture(autouse=True)
+def no_version_base_from_another_test(monkeypatch):
+    monkeypatch.setattr(VersionBase.instance(), "version_base", _UNSPECIFIED_)
 
 
 def test_hydra_finds_the_plugins():
