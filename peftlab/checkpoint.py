@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftlab.bits import Tally
 from peftlab.errors import InputError
-from peftlab.files import write_atomic
+from peftlab.files import replacing
 from peftlab.fit import Progress
 from peftlab.method import attached, trainable
 
@@ -34,9 +34,9 @@ def save_adapter(net: nn.Module, path: Path, about: Mapping[str, str]) -> int:
     The method is compacted first, for good: what only training needs is not in the file.
     """
     attached(net).compact()
-    content = save(_on_cpu(adapter_tensors(net)), dict(about))
-    write_atomic(path, content)
-    return len(content)
+    with replacing(path) as temporary:  # straight from the tensors, without a copy in memory
+        save_file(_on_cpu(adapter_tensors(net)), temporary, dict(about))
+    return path.stat().st_size
 
 
 def load_adapter(net: nn.Module, path: Path) -> None:
@@ -68,7 +68,8 @@ def save_state(
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     header = {"progress": asdict(progress), "scalars": scalars, **more}
     path.parent.mkdir(exist_ok=True)
-    write_atomic(path, save(_on_cpu(tensors), {"state": json.dumps(header)}))
+    with replacing(path) as temporary:
+        save_file(_on_cpu(tensors), temporary, {"state": json.dumps(header)})
 
 
 def load_state(
