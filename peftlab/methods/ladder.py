@@ -88,16 +88,16 @@ class Ladder(SideMethod):
         require(fits, "method.head_width", head_width, allowed)
         self.identity = self.residual = residual
         self.temperature = temperature
-        self.embed = nn.Linear(self.width, width)  # D_0
-        self.rungs = nn.ModuleList(nn.Linear(self.width, width) for _ in sites)  # D_1 ... D_L
-        self.blocks = nn.ModuleList(SideBlock(width, head_width) for _ in sites)
-        self.alpha = nn.Parameter(torch.zeros(len(sites)))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.U = nn.Linear(width, self.width)
+        with sites[0].module.weight.device:
+            self.embed = nn.Linear(self.width, width)  # D_0
+            self.rungs = nn.ModuleList(nn.Linear(self.width, width) for _ in sites)  # D_1 ... D_L
+            self.blocks = nn.ModuleList(SideBlock(width, head_width) for _ in sites)
+            self.alpha = nn.Parameter(torch.zeros(len(sites)))
+            self.norm = nn.LayerNorm(width, bias=False)
+            self.U = nn.Linear(width, self.width)
         for name, p in self.named_parameters():
             if name.endswith("bias") or (residual and name == "U.weight"):
                 nn.init.zeros_(p)
-        self.to(sites[0].module.weight.device)
 
     def gates(self) -> Tensor:
         """Return g_1 ... g_L, each in (0, 1)."""

@@ -1,0 +1,79 @@
+"""The estimate against the same numbers taken from real tensors."""
+
+import pytest
+import torch
+import yaml
+from conftest import NETS, attach, defaults, make
+
+from peftlab.config import HOME
+from peftlab.estimate import estimate
+from peftlab.method import trainable
+
+ROWS, LENGTH = 2, 12
+
+
+def optimizer(name, **changes):
+    node = yaml.safe_load((HOME / "conf" / "optimizer" / f"{name}.yaml").read_text())
+    del node["defaults"]
+    return node | {"lr": 1e-3} | changes
+
+
+def estimated(name, net, node=None, **more):
+    node = node or optimizer("adamw")
+    where = {"rows": ROWS, "length": LENGTH, "precision": "fp32", **more}
+    return estimate(net.config, defaults(name) | where.pop("changes", {}), node, **where)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit", "ladder"])
+@pytest.mark.parametrize("kind", NETS)
+def test_it_is_what_real_tensors_hold(kind, method):
+    net = NETS[kind]()
+    changes = {"create": True} if method == "bitfit" else {}
+    memory = estimated(method, net, changes=changes)
+    backbone = sum(p.numel() for p in net.parameters())
+    built = make(method, net, **changes)
+    attach(built, net)
+    net.train()
+    params = [p for _, p in trainable(net)]
+    n_trained = sum(p.numel() for p in params)
+    assert memory.trained == memory.gradients == 4 * n_trained
+    if method in ("lora", "ladder"):
+        assert memory.frozen >= 4 * backbone
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net.base_model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.int64), use_cache=False)
+    own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
+    assert memory.activations == sum(s.nbytes() for at, s in kept.items() if at not in own) > 0
+    real = torch.optim.AdamW(params, fused=True)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    real.step()
+    states = [value for state in real.state.values() for value in state.values()]
+    assert memory.optimizer == sum(value.nbytes for value in states)
+
+
+def test_nf4_and_bf16_hold_less():
+    net = NETS["llama"]()
+    fp32, bf16 = (estimated("lora", net, precision=p) for p in ("fp32", "bf16"))
+    nf4 = estimated("lora", net, precision="bf16", quantize="nf4")
+    assert nf4.frozen < bf16.frozen < fp32.frozen
+    assert fp32.trained == bf16.trained == nf4.trained
+
+
+def test_updates_within_backward_hold_one_gradient():
+    net = NETS["llama"]()
+    whole, layerwise = (
+        estimated("full", net, optimizer("galore", rank=4, per_layer=per_layer))
+        for per_layer in (False, True)
+    )
+    assert layerwise.gradients == 4 * max(p.numel() for p in net.parameters())
+    assert whole.gradients == 4 * sum(p.numel() for p in net.parameters())
+    assert whole.optimizer == layerwise.optimizer < estimated("full", net).optimizer
+    assert whole.peak == whole.frozen + whole.trained + whole.optimizer + max(
+        whole.activations + whole.loss, whole.gradients
+    )
