@@ -7,6 +7,7 @@ kept: the same command goes on. A run that does not end `completed` and below it
 """
 
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ def main(output: Path) -> int:
     """Run what is missing and print the page; return 1 if a run is not as it should be."""
     settings = {name: [f"method={name}"] for name in method_names()} | EXTRA
     jobs = [
-        (task, label, [*COMMON, *overrides, *more, f"hydra.run.dir={output / task / label}"])
+        (task, label, [*COMMON, *overrides, *more, f"hydra.run.dir={_folder(output, task, label)}"])
         for task, overrides in TASKS.items()
         for label, more in settings.items()
     ]
@@ -51,7 +52,7 @@ def main(output: Path) -> int:
     print(HEAD)
     good = True
     for task, overrides in TASKS.items():
-        results = {label: _result(output / task / label) for label in settings}
+        results = {label: _result(_folder(output, task, label)) for label in settings}
         good &= all(map(_as_it_should_be, results.values()))
         base = next(r["base"] for r in results.values() if r and r["base"])
         before = " and ".join(f"{base[f'{s}_bits_per_token']:.3f} ({s})" for s in ("train", "test"))
@@ -72,6 +73,10 @@ def train(job: tuple[str, str, list[str]]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         print(f"{task}, {label}: exit code {done.returncode}\n{done.stdout}", file=sys.stderr)
+
+
+def _folder(output: Path, task: str, label: str) -> Path:
+    return output / task / re.sub(r"\W+", "-", label)  # a comma would mean something to Hydra
 
 
 def _result(folder: Path) -> dict | None:
@@ -113,7 +118,7 @@ defaults, three epochs, seed 0, bf16, one thread beside another run. It shows th
 both architectures, not which is best: **the methods are not tuned here**, the data is small, and
 there is one seed. Bits per token of the whole splits; seconds of the training steps; peak resident
 memory of the process; merge: whether the merged weights compute the same (- if there is nothing
-to merge)."""
+to merge). Seconds were taken beside other work: an order of magnitude, no comparison."""
 
 if __name__ == "__main__":
     sys.exit(main(Path(sys.argv[1]).absolute()))
