@@ -103,8 +103,8 @@ operation, and memory that the allocator has not given back.
 | setting | trained | weights | gradients | optimizer | kept | estimated | measured | rest |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 FOOT = """
-On a CPU NF4 halves what is stored, but not the peak of this small model's training: here the copies
-of packing and decoding count for more. Ladder and top_layers save what is kept for backward, GaLore
+NF4 halves what is stored; the measured peak of this small model did not fall with it on a CPU, and
+why was not looked into. Ladder and top_layers save what is kept for backward, GaLore
 the optimizer's state, and its updates within backward the gradients."""
 
 if __name__ == "__main__":
