@@ -48,7 +48,7 @@ def main(output: Path) -> int:
         for label, more in settings.items()
     ]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(train, jobs))
+        list(pool.map(train, [job for job in jobs if _result(_folder(output, *job[:2])) is None]))
     print(HEAD)
     good = True
     for task, overrides in TASKS.items():
