@@ -27,6 +27,10 @@ class SweeperConf:
     # Ranges in Hydra's override grammar; params wins over search, the command line over both.
     search: Any = None
     params: Any = None
+    fixed: Any = None  # {parameter: value} for all trials, resolved once; wins over search, params
+    # Several studies taken in turn: a swept parameter, each of whose values is a study of its own,
+    # or {label: [override, ...]}
+    arms: Any = None
     when: Any = None  # {parameter: {other parameter: value or list of values}}: drawn only then
     enqueue: Any = None  # list of points, each {parameter: value}, to be tried first
     retries: int = 1  # further attempts at a trial that failed, from its checkpoint
