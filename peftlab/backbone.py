@@ -95,7 +95,7 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
     if attention == "auto":
         short = device.type == "cpu" and block_length <= SHORT
         attention = "eager" if short else None  # None: sdpa for every model that has it
-    folder, source, sha256 = _locate(model)
+    folder, source, sha256 = locate(model)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -175,7 +175,7 @@ def fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _locate(model: Mapping) -> tuple[Path, str, str]:
+def locate(model: Mapping) -> tuple[Path, str, str]:
     """Return (local folder, source as recorded, sha256) of the model."""
     match model["source"]:
         case "package":

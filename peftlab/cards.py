@@ -7,6 +7,7 @@ A method's class docstring has a fixed order: name and source, equation, what it
 import ast
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,30 +82,21 @@ class Card:
         arguments: the constructor's keywords, and the model's numbers that the formula names.
         """
         sites = list(sites)
-        groups = list({site.group: site for site in sites}.values())
-        units = {"site": sites, "group": groups, "model": [None]}
+        groups = {site.group: site for site in sites}.values()
         sums = {
             "n_weights": sum(site.d_in * site.d_out for site in sites),
             "n_outputs": sum(site.d_out for site in sites),
         }
+        units = {"site": Counter(map(_numbers, sites)), "group": Counter(map(_numbers, groups))}
+        units["model"] = Counter([()])
         words = {"min": min, "max": max, "int": int, "split": split}
         total = 0
         for term in self.trainable:
-            for site in units[term.unit]:
-                names = {"n_params": n_params, **sums, **words, **arguments}
-                if site is not None:
-                    names |= {
-                        "kind": site.kind,
-                        "n_rows": site.n_rows,
-                        "d_in": site.d_in,
-                        "d_out": site.d_out,
-                        "d_kv": site.d_kv,
-                        "k": min(site.d_in, site.d_out),
-                        "biased": site.module.bias is not None,
-                    }
+            for numbers, times in units[term.unit].items():
+                names = {"n_params": n_params, **sums, **words, **arguments, **dict(numbers)}
                 for definition in term.where:
                     exec(definition, {"__builtins__": {}}, names)  # our own docstring
-                total += eval(term.formula, {"__builtins__": {}}, names)
+                total += times * eval(term.formula, {"__builtins__": {}}, names)
         return total
 
     @property
@@ -117,6 +109,19 @@ class Card:
         """The source as far as it names the paper, without the place in it."""
         found = re.match(r'.*?(arXiv:[\d.]*\d|".*?")', self.source)
         return found[0] if found else self.source
+
+
+def _numbers(site: "Site") -> tuple[tuple[str, str | int], ...]:
+    """Return what a formula may name of a site; most sites of a model are alike."""
+    return (
+        ("kind", site.kind),
+        ("n_rows", site.n_rows),
+        ("d_in", site.d_in),
+        ("d_out", site.d_out),
+        ("d_kv", site.d_kv),
+        ("k", min(site.d_in, site.d_out)),
+        ("biased", site.module.bias is not None),
+    )
 
 
 def method_names() -> list[str]:

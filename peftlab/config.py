@@ -1,14 +1,17 @@
 """The resolved config: its checks, its identity, and the folders of the package's own YAML."""
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from peftlab.errors import require
+from peftlab.errors import InputError, require
 
 PACKAGE = Path(__file__).parent
 # In a checkout conf/ and sweeps/ lie beside the package, in a wheel inside it.
@@ -26,6 +29,7 @@ KEYS = {
         *("device", "dtype", "quantize", "attention", "kinds"),
     ),
 }
+GROUPS = ("model", "method")  # that a count of parameters depends on
 # What does not change the numbers of a run, and so is no part of its identity.
 NOT_IDENTITY = (
     *("tracking", "threads", "skip_finished", "study", "objective", "aux", "output", "hydra"),
@@ -41,9 +45,15 @@ OBJECTIVES = {
 
 
 def resolve(config: DictConfig) -> dict:
-    """Return the config as plain dicts, all interpolations and `precision: auto` resolved."""
+    """Return the config as plain dicts, all interpolations and `precision: auto` resolved.
+
+    Raises: InputError if a resolver of ours refuses what it is given.
+    """
     bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
+    try:
+        resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise refusal(error) or error from error
     assert isinstance(resolved, dict)
     if resolved["precision"] == "auto":
         from peftlab.backbone import fast_bf16, resolve_device
@@ -51,6 +61,13 @@ def resolve(config: DictConfig) -> dict:
         bf16 = fast_bf16(resolve_device(resolved["model"]["device"]))
         resolved["precision"] = "bf16" if bf16 else "fp32"
     return resolved
+
+
+def refusal(error: BaseException | None) -> InputError | None:
+    """Return the InputError that OmegaConf or Hydra has wrapped in errors of its own, if any."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
 
 
 def run_id(resolved: Mapping) -> str:
@@ -78,6 +95,8 @@ def register_resolvers() -> None:
         "peftlab_method", lambda *, _root_: method_name(_root_.method), replace=True
     )
     OmegaConf.register_new_resolver("peftlab_power", power, replace=True)
+    OmegaConf.register_new_resolver("peftlab_dimensions", _dimensions, replace=True)
+    OmegaConf.register_new_resolver("peftlab_dimension", _dimension, replace=True)
     OmegaConf.register_new_resolver(
         "peftlab_run_name", lambda *, _root_: run_name(resolve(_root_)), replace=True
     )
@@ -89,6 +108,34 @@ def power(base: float, exponent: float | str, factor: float | str = 1.0) -> floa
     `-${x}` reaches a resolver as text, hence the types.
     """
     return float(factor) * float(base) ** float(exponent)
+
+
+def _dimensions(budget: int, tolerance: float = 0.02, *, _root_: DictConfig) -> dict:
+    """${peftlab_dimensions:BUDGET}: {method.rank: 12}, for hydra.sweeper.fixed."""
+    if OmegaConf.select(_root_, "hydra.sweeper.arms") is not None:
+        return {}  # Hydra resolves the whole sweeper's settings; each arm asks for itself
+    from peftlab.budget import solve
+
+    found = solve(*_model_and_method(_root_), budget, tolerance)
+    return {f"method.{name}": value for name, value in found.items()}
+
+
+def _dimension(
+    name: str, budget: int, tolerance: float = 0.02, *, _root_: DictConfig
+) -> int | float:
+    """${peftlab_dimension:rank,BUDGET}: that one dimension, as a value of method.rank itself."""
+    from peftlab.budget import solve_one
+
+    without = copy.deepcopy(_root_)
+    default = yaml.safe_load((HOME / f"conf/method/{method_name(_root_.method)}.yaml").read_text())
+    OmegaConf.update(without, f"method.{name}", default.get(name))
+    return solve_one(*_model_and_method(without), name, budget, tolerance)
+
+
+def _model_and_method(root: DictConfig) -> tuple[dict, dict]:
+    model, method = (OmegaConf.to_container(root[group], resolve=True) for group in GROUPS)
+    assert isinstance(model, dict) and isinstance(method, dict)
+    return model, method
 
 
 def check(resolved: Mapping) -> None:

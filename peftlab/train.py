@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftlab.config import HOME, OBJECTIVES, register_resolvers, resolve
+from peftlab.config import HOME, OBJECTIVES, refusal, register_resolvers, resolve
 from peftlab.errors import InputError
 from peftlab.trial import Pruned
 
@@ -40,7 +40,7 @@ def train(overrides: list[str]) -> int:
         try:
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(job)()
         except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(_explain(error, overrides)) from error
+            raise refusal(error) or InputError(_explain(error, overrides)) from error
         except OSError as error:  # a folder that cannot be made, a disk that is full
             raise InputError(f"{error.filename or 'output'}: {error.strerror}") from error
     if _refused:
@@ -105,6 +105,8 @@ def _exceptions_come_out() -> Iterator[None]:
 def _explain(error: Exception, overrides: list[str]) -> str:
     """One line for what Hydra or OmegaConf could not compose, with what is allowed."""
     text = " ".join(str(error).split())
+    if missing := re.search("'hydra/launcher/(submitit_(slurm|local))'", text):
+        return f"hydra/launcher: {missing[1]} needs the extra slurm: pip install 'peftlab[slurm]'"
     unknown = re.match(r"Could not override '([^']+)'", text)
     if not unknown:
         unreadable = next((word for word in overrides if not _parses(word)), None)

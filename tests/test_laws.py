@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import NETS, VOCABULARY, attach, defaults, make, shake
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from peftlab.budget import model_sizes
 from peftlab.cards import card
 from peftlab.checkpoint import adapter_tensors, load_adapter, save_adapter
 from peftlab.method import NotMergeable, WeightMethod, trainable
@@ -25,19 +26,6 @@ def loss_of(net, tokens):
 
 def has_own_tensors(method):
     return any(True for _ in method.parameters())
-
-
-def sizes_of(net):
-    """Numbers of a tiny backbone that the formula of a count may name, told by tensors' names."""
-    sizes = {n: p.numel() for n, p in net.named_parameters()}
-    norms = {n: size for n, size in sizes.items() if "norm" in n or "ln_" in n}
-    return {
-        "n_hidden": net.config.hidden_size,
-        "n_block": sum(size for n, size in sizes.items() if ".0." in n),
-        "n_norms": sum(norms.values()),
-        "n_norm_biases": sum(size for n, size in norms.items() if n.endswith(".bias")),
-        "n_final_norm": sum(size for n, size in norms.items() if ".norm." in n or ".ln_f." in n),
-    }
 
 
 def count_of_peft(net, peft_type, args):
@@ -121,7 +109,7 @@ def test_only_declared_tensors_change(name, net, tokens):
 # transformers warns peft, which looks at an old name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_count_equals_the_docstring(name, net):
-    n_params, sizes = sum(p.numel() for p in net.parameters()), sizes_of(net)
+    n_params, sizes = sum(p.numel() for p in net.parameters()), model_sizes(net)
     method = make(name, net)
     attach(method, net)
     counted = sum(p.numel() for _, p in trainable(net))

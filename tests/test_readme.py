@@ -60,3 +60,6 @@ def test_tables_name_all_that_exists():
         named = {words.split()[0] for words in re.findall(r"`([^`]+)`", row)} - {"peftlab"}
         files = {path.stem for path in (HOME / "conf" / group).glob("*.yaml")} - {"schedule"}
         assert named == files, group
+    sweeps = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", README, re.M)
+    named = {word for row in sweeps for word in re.findall(r"`(\w+)`", row)}
+    assert named == {path.stem for path in (HOME / "sweeps").glob("*.yaml")}

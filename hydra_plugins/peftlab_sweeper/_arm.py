@@ -48,12 +48,17 @@ class Arm:
         if label:  # what the sweep says of a method is then said of the arm's
             fixed = [w for w in arguments if not parser.parse_override(w).is_sweep_override()]
             config = loader.load_sweep_config(config, fixed)
+            OmegaConf.update(config, "hydra.sweeper.arms", None)
         self.config = config
         self.settings = settings = config.hydra.sweeper
         self.folder = Path(config.hydra.sweep.dir)
         self.cwd = Path(self.master.hydra.runtime.cwd)
         _check(settings)
         ranges = [settings.search, raw(settings, "params"), settings.fixed]
+        for word in arguments:
+            name = parser.parse_override(word).get_key_element().lstrip("+~")
+            where = f"fixed by hydra.sweeper.fixed={plain(settings.fixed)}"
+            require(name not in _mapping(settings.fixed), name, word.partition("=")[2], where)
         self.space = read_space(
             arguments, [_mapping(node) for node in ranges], _mapping(settings.when), parser
         )

@@ -4,7 +4,8 @@
     method                                 a swept parameter: each of its values is a study
     {plain: [method=lora], plus: [method=lora, optimizer=loraplus]}       overrides by label
 
-An arm is a study like any other, in the sub-folder that is named after it.
+An arm is a study like any other, in the sub-folder that is named after it. In an override, \\${...}
+is for each trial to resolve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def read_arms(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]
     if setting is None:
         return [Arm("", loader, config, arguments)]
     parser = OverridesParser.create(config_loader=loader)
-    given = read_space(arguments, [plain(raw(settings, "params")) or {}], {}, parser)
+    given = read_space(arguments, [raw(settings, "params") or {}], {}, parser)
     words = _of_parameter(setting, given) if isinstance(setting, str) else setting
     require(isinstance(words, Mapping) and len(words) > 0, WHERE, setting, "{label: [override]}")
     arms = []

@@ -96,10 +96,10 @@ class View:
     def _board(self, results: Mapping[str, Mapping[str, Any]]) -> Table:
         sign = -1 if results[self.arms[0].label]["directions"] == ["maximize"] else 1
         confirming = any(arm.settings.confirm for arm in self.arms)
-        what = "best, mean over fresh seeds" if confirming else "best"
+        what = "mean on fresh seeds" if confirming else "best"
         table = Table(title="studies, best first", title_justify="left")
         for column in ("study", what, "spread", "trials", "with"):
-            table.add_column(column)
+            table.add_column(column, overflow="fold")
         empty = float("inf")
 
         def score(arm: Arm) -> float:

@@ -51,6 +51,8 @@ class DID(WeightMethod):
 
     def loaded(self) -> None:
         """Draw the map of every site from the seed."""
+        if self.seed.is_meta:  # shapes only
+            return
         generator = torch.Generator().manual_seed(int(self.seed))
         for site, t in zip(self.sites, self.tensors, strict=True):
             drawn = fastfood.draw(len(self.z), site.d_out * site.d_in, generator)

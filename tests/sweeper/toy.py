@@ -84,14 +84,14 @@ def sweep(folder, *overrides, task=task):
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def trials(folder, storage="journal:study.journal"):
+def trials(folder, storage="journal:study.journal", study="study"):
     """All trials in the storage."""
-    study = optuna.load_study(study_name="study", storage=open_storage(storage, folder))
+    study = optuna.load_study(study_name=study, storage=open_storage(storage, folder))
     return study.get_trials(deepcopy=False)
 
 
-def states(folder):
-    return [trial.state.name for trial in trials(folder)]
+def states(folder, study="study"):
+    return [trial.state.name for trial in trials(folder, study=study)]
 
 
 def results(folder):
