@@ -43,7 +43,7 @@ from peftlab.provenance import provenance
 from peftlab.show import Show, warn
 from peftlab.sites import find_sites, kinds_of
 from peftlab.tracking import Tracker
-from peftlab.trial import Pruned, current_trial, due
+from peftlab.trial import Interrupted, Pruned, current_trial, due
 from peftlab.warm import Shelf
 
 SCHEMA = 1
@@ -52,6 +52,8 @@ THREADS = torch.get_num_threads()  # of this process, before any run has set the
 MERGE_ROWS = 4  # of the test split, compared before and after the merge, in float32
 NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
 SCHEDULE = ("schedule", "warmup", "clip")  # keys of conf/optimizer that are for the run
+HANDOVER_S = 1800.0  # that a trial's job waits for an earlier job of it
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # that a batch system is about to stop the job
 
 
 class Halted(SystemExit):
@@ -64,7 +66,7 @@ def run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> d
     Raises: InputError for bad input, before anything is written; Halted after SIGTERM or SIGINT.
     """
     check(config)
-    with _alone(folder):
+    with _alone(folder, wait_s=HANDOVER_S if job_type == "sweep" else 0):
         finished = _finished(config, folder)
         if finished is not None and config["skip_finished"]:
             warn(f"{folder}: finished before, not run again (skip_finished=true)")
@@ -125,10 +127,10 @@ def _train(
             state, parts.net, parts.optimizer, progress, rows=n_rows, run_id=result["run_id"]
         )
 
-    with _signals() as received, rows.open("a") as lines:
+    with _signals() as asked, rows.open("a") as lines:
         try:
             with Show(parts.total_steps, done=progress.step) as show:
-                for row in parts.fit(progress, stop=lambda: bool(received)):
+                for row in parts.fit(progress, stop=lambda: asked.ends(save)):
                     line = asdict(row)
                     lines.write(json.dumps(line) + "\n")
                     lines.flush()
@@ -143,11 +145,14 @@ def _train(
                             raise Pruned
         except Pruned:
             result |= {"status": "pruned"}
-        except Stopped:
-            save()
+        except (Stopped, SystemExit, Interrupted) as end:
+            if isinstance(end, Interrupted):
+                save()
             tracker.finish("stopped", {})
             warn(f"stopped at step {progress.step}; the same command goes on from there")
-            raise Halted(128 + received[0]) from None
+            if isinstance(end, Stopped):
+                raise Halted(128 + asked.received[0]) from None
+            raise
         except Diverged as error:
             result |= {"status": "diverged", "error": str(error)}
         except BaseException as error:
@@ -287,12 +292,16 @@ def _instantiate(group: str, node: Mapping, **objects: object):
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the run folder: two processes never work in it at once, and a dead one holds nothing."""
+def _alone(folder: Path, *, wait_s: float) -> Iterator[None]:
+    """Hold the run folder: two processes never work in it at once, and a dead one holds nothing.
+
+    wait_s: how long to wait for the other; a trial's earlier job, whose sweeper was killed, ends
+    at its next report.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_s)
     except Timeout as error:
         raise InputError(f"hydra.run.dir={folder}: another process is working in it") from error
     except OSError as error:
@@ -306,25 +315,54 @@ def _alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
+@dataclass
+class Asked:
+    """The signals that have asked the run to stop, and who else listens to them."""
+
+    received: list[int]
+    others: Mapping[int, Callable]  # handlers that were there before the run's own
+
+    def ends(self, save: Callable[[], None]) -> bool:
+        """Whether the run is to end now; if it was asked to, all is saved before it is decided.
+
+        Where there is another handler, that one decides: submitit's, for instance, has its job
+        queued again and exits, or returns, and the run goes on.
+        """
+        if self.received:
+            save()
+        while self.received and self.received[0] in self.others:
+            number = self.received.pop(0)
+            self.others[number](number, None)
+        return bool(self.received)
+
+
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT: the run stops at the next step; a second SIGINT stops at once."""
-    received: list[int] = []
+def _signals() -> Iterator[Asked]:
+    """Collect SIGTERM and SIGINT: the run stops at the next step; a second SIGINT stops at once.
+
+    SIGUSR1 and SIGUSR2 as well where somebody listens to them: a batch system's warning.
+    """
+    ours = [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.getsignal(number) for number in (*ours, *WARNINGS)}
+    # Python itself listens to SIGINT
+    others: dict[int, Callable] = {
+        n: h for n, h in before.items() if callable(h) and n != signal.SIGINT
+    }
+    asked = Asked([], others)
 
     def on_signal(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
+        if asked.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        asked.received.append(number)
         warn(f"{signal.Signals(number).name}: finishing this step, then writing a checkpoint")
 
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    for number in {*ours, *others}:
+        signal.signal(number, on_signal)
     try:
-        yield received
+        yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in {*ours, *others}:
+            signal.signal(number, before[number])
 
 
 def _finished(config: Mapping, folder: Path) -> dict | None:

@@ -13,10 +13,12 @@ from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
+from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from peftlab.errors import InputError
 
+TABLES = 20261122  # number of the lock under which Optuna's tables are made
 KINDS = "journal:FILE, sqlite:///FILE or postgresql://..."
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -47,9 +49,17 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     try:
         if kind == "journal":
             return _journal((folder / rest).resolve())
-        if kind in ("sqlite", "postgresql", "postgresql+psycopg"):
-            return _database(re.sub("^postgresql:", "postgresql+psycopg:", url))
-    except (OSError, SQLAlchemyError, ImportError, optuna.exceptions.OptunaError) as error:
+        if kind == "sqlite":
+            return _sqlite(url)
+        if kind in ("postgresql", "postgresql+psycopg"):
+            return _postgresql(re.sub("^postgresql:", "postgresql+psycopg:", url))
+    except ImportError as error:
+        extra = "needs the extra of its name: pip install 'peftlab[postgresql]'"
+        raise InputError(f"hydra.sweeper.storage: {kind} {extra}") from error
+    except ValueError as error:  # it names a part of the URL, which may be the password's
+        form = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        raise InputError(f"hydra.sweeper.storage: not of the form {form}") from error
+    except (OSError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"hydra.sweeper.storage: {kind} cannot be opened ({reason})") from error
     raise InputError(f"hydra.sweeper.storage={kind}:...: {KINDS}")
@@ -65,9 +75,17 @@ def _journal(path: Path) -> BaseStorage:
 
 
 @functools.cache
-def _database(url: str) -> BaseStorage:
-    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return RDBStorage(url, engine_kwargs=wait)
+def _sqlite(url: str) -> BaseStorage:
+    return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+
+
+@functools.cache
+def _postgresql(url: str) -> BaseStorage:
+    wait = {"connect_timeout": 10}  # seconds; a host that does not answer takes minutes otherwise
+    with create_engine(url, connect_args=wait, poolclass=NullPool).begin() as connection:
+        # sweepers may start at once, and one has to make the tables before the others look
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({TABLES})"))
+        return RDBStorage(url, engine_kwargs={"connect_args": wait})
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -71,14 +71,22 @@ class StudyTrial:
         )
         self.storage = self.study._storage
         self.id = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        self.owner = self.storage.get_trial(self.id).user_attrs.get("owner")  # a sweeper
 
     def report(self, value: float, step: int) -> None:
         """Store the value; what an earlier attempt reported at this step is replaced."""
         self.storage.set_trial_intermediate_value(self.id, step, value)
 
     def should_prune(self) -> bool:
-        """Ask the study's pruner."""
-        return self.study.pruner.prune(self.study, self.storage.get_trial(self.id))
+        """Ask the study's pruner. Raises: Interrupted if the trial is this job's no longer.
+
+        On a cluster a job outlives its sweeper: another one may have taken the trial over, in a
+        job that waits for this one's folder.
+        """
+        trial = self.storage.get_trial(self.id)
+        if trial.state.name != "RUNNING" or trial.user_attrs.get("owner") != self.owner:
+            raise Interrupted("the sweeper has given this trial up, or another has taken it over")
+        return self.study.pruner.prune(self.study, trial)
 
 
 def current_trial() -> Trial:
