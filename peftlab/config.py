@@ -95,6 +95,9 @@ def register_resolvers() -> None:
         "peftlab_method", lambda *, _root_: method_name(_root_.method), replace=True
     )
     OmegaConf.register_new_resolver("peftlab_power", power, replace=True)
+    OmegaConf.register_new_resolver(
+        "peftlab_first", lambda *values: next(v for v in values if v is not None), replace=True
+    )
     OmegaConf.register_new_resolver("peftlab_dimensions", _dimensions, replace=True)
     OmegaConf.register_new_resolver("peftlab_dimension", _dimension, replace=True)
     OmegaConf.register_new_resolver(

@@ -76,7 +76,9 @@ def _journal(path: Path) -> BaseStorage:
 
 @functools.cache
 def _sqlite(url: str) -> BaseStorage:
-    return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    path = Path(url.removeprefix("sqlite:///"))
+    with FileLock(path.with_name(f".{path.name}.lock")):  # as below
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
 
 
 @functools.cache

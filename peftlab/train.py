@@ -35,6 +35,9 @@ def train(overrides: list[str]) -> int:
     """
     multirun = [word for word in overrides if word in ("-m", "--multirun")]
     others = [word for word in overrides if word not in multirun]
+    shows = next((w for w in others if w.split("=")[0] in ("--cfg", "-c", "--info", "-i")), None)
+    if multirun and shows:
+        raise InputError(f"{shows}: shows one config; leave {multirun[0]} out")
     sys.argv = [sys.argv[0], *multirun, *others]  # Hydra reads no flag between two overrides
     with _exceptions_come_out():
         try:

@@ -64,7 +64,7 @@ class StudyTrial:
         from peftlab.storage import open_storage
 
         self.study = optuna.load_study(
-            study_name=settings.study_name,
+            study_name=study_name(settings),
             storage=open_storage(settings.storage, folder),
             sampler=optuna.samplers.RandomSampler(),  # jobs never sample
             pruner=instantiate(settings.pruner),
@@ -87,6 +87,11 @@ class StudyTrial:
         if trial.state.name != "RUNNING" or trial.user_attrs.get("owner") != self.owner:
             raise Interrupted("the sweeper has given this trial up, or another has taken it over")
         return self.study.pruner.prune(self.study, trial)
+
+
+def study_name(settings: DictConfig) -> str:
+    """Return the name of the study in its storage. settings: hydra.sweeper."""
+    return settings.study_name or "study"
 
 
 def current_trial() -> Trial:

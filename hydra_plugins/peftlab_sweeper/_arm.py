@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +17,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.pruners import BasePruner
+from optuna.trial import TrialState
 
 from hydra_plugins.peftlab_sweeper._results import confirmed, ranking, write_results
 from hydra_plugins.peftlab_sweeper._samplers import Suggester
@@ -25,7 +27,7 @@ from peftlab.config import NOT_IDENTITY, at_least
 from peftlab.errors import InputError, require
 from peftlab.pruning import check_pruner
 from peftlab.storage import open_storage
-from peftlab.trial import VARIABLE, Interrupted, PrunedReturn
+from peftlab.trial import VARIABLE, Interrupted, PrunedReturn, study_name
 
 Launch = Callable[[list[str], int], Sequence[JobReturn]]  # overrides of a job, its number
 
@@ -77,7 +79,7 @@ class Arm:
     def open(self, stack: ExitStack) -> None:
         """Open the study until `stack` ends. Raises: InputError for a study that is another."""
         storage = open_storage(self.settings.storage, self.cwd)
-        book = Book(storage, self.settings.study_name, self.directions, self.folder)
+        book = Book(storage, study_name(self.settings), self.directions, self.folder)
         self.book = stack.enter_context(book)
         book.agree(self.space, self.facts)
 
@@ -90,9 +92,8 @@ class Arm:
 
     @property
     def n_taken(self) -> int:
-        """Trials that have finished or are running."""
-        states = [trial.state for trial in self.book.trials()]
-        return sum(state in FINISHED or state.name == "RUNNING" for state in states)
+        """Trials that have finished, are running, or go on later."""
+        return sum(trial.state != TrialState.FAIL for trial in self.book.trials())
 
     def new(self) -> int | None:
         """Enter the next trial, unless the study has enough or its space is exhausted."""
@@ -138,12 +139,11 @@ class Arm:
 
         result: what the jobs returned, or an exception.
         """
-        if isinstance(result, Interrupted):
-            self.book.interrupt(number)
-            return "interrupted"
         if isinstance(result, list):
             self.returns += result
             result = failure_of(result[-1]) or result
+        if isinstance(result, Interrupted):
+            return "interrupted" if self.book.interrupt(number) else "taken over by another sweeper"
         if isinstance(result, BaseException):
             return self._failed(number, result, attempt, stopping=stopping)
         if isinstance(result[-1].return_value, PrunedReturn):
@@ -167,7 +167,7 @@ class Arm:
     def _failed(self, number: int, error: BaseException, attempt: int, *, stopping: bool) -> str:
         if not isinstance(error, Exception):
             raise error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = reason_of(error)
         refused = isinstance(error, InputError)  # it would be refused again
         if attempt <= self.settings.retries and not refused and not stopping:
             return "again"
@@ -302,6 +302,15 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def reason_of(error: BaseException) -> str:
+    """Return one line for an exception: its first, and what submitit says further down."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    more = [
+        line for line in lines[1:] if re.match(r"has not produced|\w*(Error|Exception)\b", line)
+    ]
+    return " ".join([f"{type(error).__name__}: {lines[0]}", *more[:1], *more[1:][-1:]])
 
 
 def failure_of(job: JobReturn) -> Exception | None:

@@ -4,8 +4,8 @@
     method                                 a swept parameter: each of its values is a study
     {plain: [method=lora], plus: [method=lora, optimizer=loraplus]}       overrides by label
 
-An arm is a study like any other, in the sub-folder that is named after it. In an override, \\${...}
-is for each trial to resolve.
+An arm is a study like any other, in the sub-folder that is named after it. An escaped ${...} in
+an override is for each trial to resolve: see sweeps/tying.yaml.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from hydra_plugins.peftlab_sweeper._arm import Arm, plain, raw
 from hydra_plugins.peftlab_sweeper._space import Space, read_space
 from peftlab.errors import require
+from peftlab.trial import study_name
 
 WHERE = "hydra.sweeper.arms"
 
@@ -48,10 +49,10 @@ def read_arms(loader: ConfigLoader, config: DictConfig, arguments: Sequence[str]
         for word in own:
             parser.parse_override(word)
         folder = PurePath(config.hydra.sweep.dir) / str(label)
-        study = f"{settings.study_name}/{label}"  # of the job, and so of its tracker, too
+        study = f"{study_name(settings)}/{label}"  # of the job, and so of its tracker, too
         place = [f"++study='{study}'", f"hydra.sweep.dir='{folder}'"]
         arms.append(Arm(str(label), loader, config, [*arguments, *own, *place]))
-    names = [arm.settings.study_name for arm in arms]
+    names = [study_name(arm.settings) for arm in arms]
     allowed = "every arm needs its own: leave it ${oc.select:study,study}"
     require(len({*names}) == len(names), "hydra.sweeper.study_name", names[0], allowed)
     return arms

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
@@ -141,8 +141,10 @@ class Suggester:
         more: dict[str, Any] = {"seed": self._seed(number, attempt)}
         if name.endswith(".QMCSampler"):  # one sequence for all trials
             more = {"seed": self.seed, "independent_sampler": self._random(number, attempt)}
+        # A copy: Hydra 1.4 takes the whole config apart for a moment, while launchers read it.
+        settings = OmegaConf.to_container(self.sampler, resolve=True)
         try:
-            sampler = instantiate(self.sampler, _partial_=True, _convert_="all")(**more)
+            sampler = instantiate(settings, _partial_=True, _convert_="all")(**more)
         except (InstantiationException, ImportError, TypeError, ValueError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise InputError(f"hydra.sweeper.sampler={name}: {reason}") from error

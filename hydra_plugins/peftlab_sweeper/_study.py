@@ -73,8 +73,7 @@ class Book:
     def leave(self) -> None:
         """Set aside whatever trial of this sweeper has not ended, to go on later."""
         for trial in self.trials(TrialState.RUNNING):
-            if trial.user_attrs.get("owner") == self.owner:
-                self.interrupt(trial.number)
+            self.interrupt(trial.number)
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in the given states."""
@@ -111,7 +110,7 @@ class Book:
         with self.turn():
             for trial in self.trials(TrialState.RUNNING):
                 if not self._lives(trial.user_attrs.get("owner")):
-                    self.interrupt(trial.number)
+                    self._set_aside(trial.number)
             return [t.number for t in self.trials(TrialState.WAITING) if self._claim(t.number)]
 
     def _lives(self, owner: str | None) -> bool:
@@ -182,8 +181,18 @@ class Book:
         self.storage.set_trial_user_attr(self._id(number), "error", reason)
         self.study.tell(number, state=TrialState.FAIL)
 
-    def interrupt(self, number: int) -> None:
-        """Set a running trial aside, to go on later as the same trial."""
+    def interrupt(self, number: int) -> bool:
+        """Set a running trial of this sweeper aside, to go on later as the same trial.
+
+        Returns whether it was this sweeper's: another one takes over what seems to be left.
+        """
+        trial = self.storage.get_trial(self._id(number))
+        mine = trial.state == TrialState.RUNNING and trial.user_attrs.get("owner") == self.owner
+        if mine:
+            self._set_aside(number)
+        return mine
+
+    def _set_aside(self, number: int) -> None:
         self.storage.set_trial_state_values(self._id(number), TrialState.WAITING)
 
     def confirm(self, number: int, seed: int, value: float) -> None:

@@ -128,10 +128,13 @@ class Sweep:
             arm, number = waiting.popleft()
             if arm.error is None:
                 return arm, number
-        for arm in sorted(self.arms, key=lambda arm: arm.n_taken):
-            if arm.error is None and (number := arm.new()) is not None:
+        going = [arm for arm in self.arms if arm.error is None]
+        for arm in sorted(going, key=lambda arm: arm.n_taken):
+            if (number := arm.new()) is not None:
                 return arm, number
-        return None
+        # Meanwhile another sweeper may have died, or set its trials aside.
+        waiting.extend((arm, number) for arm in going for number in arm.book.reclaim())
+        return waiting.popleft() if waiting else None
 
     def _launch(self, overrides: list[str], number: int) -> Sequence[JobReturn]:
         return self.launcher.launch([overrides], initial_job_idx=number)
@@ -167,9 +170,14 @@ class Sweep:
                 raise SystemExit(128 + number)
             if hasattr(self.launcher, "interrupt"):
                 self.launcher.interrupt(len(self.signals))
+                view.line("interrupted: no further trial starts; once more stops the running ones")
             elif len(self.signals) > 1:
                 raise SystemExit(128 + number)
-            view.line("interrupted: no further trial starts; once more stops the running ones")
+            else:
+                view.line(
+                    "interrupted: no further trial starts, and this ends with the running ones; "
+                    "once more: at once, and jobs elsewhere end at their next report"
+                )
 
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, on_signal) for number in numbers}

@@ -16,8 +16,8 @@ class SweeperConf:
     _recursive_: bool = False
     sampler: Any = MISSING  # hydra/sweeper/sampler: tpe, random, gp, cmaes, qmc or grid
     pruner: Any = MISSING  # hydra/sweeper/pruner: none, median, percentile, asha or hyperband
-    # name in the storage, which may hold many studies
-    study_name: str = "${oc.select:study,study}"
+    # name in the storage, which may hold many studies; null: study
+    study_name: str | None = "${oc.select:study,null}"
     # journal:FILE, sqlite:///FILE, postgresql://... (better as ${oc.env:NAME}: never written out)
     storage: str = "journal:${hydra.sweep.dir}/study.journal"
     direction: Any = "minimize"  # or maximize; a list of them where the job returns several values

@@ -159,3 +159,16 @@ def test_leaderboard(done, sweeps, tmp_path):
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
     assert {p.parent.name for p in after.keys() - before.keys()} == {"2"}
     assert len(after) == len(before) + 2 and before.items() <= after.items()
+
+
+def test_hydras_own_words_without_a_file(sweeps, rows_file, tmp_path):
+    words = ["train", "-m", "hydra/sweeper=peftlab", "hydra/sweeper/sampler=grid"]
+    words += [word for word in SMALL if not word.startswith("study=")]
+    assert main([*words, f"dataset.path={rows_file}", "method=ia3", "optimizer.lr=1e-3,1e-4"]) == 0
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert results(folder)["n_trials"]["complete"] == 2 and folder.name.startswith("multirun-")
+
+
+def test_what_shows_one_config_shows_no_sweep(sweeps, capfd):
+    assert sweeps("tune", "--cfg", "job") == 2
+    assert capfd.readouterr().err == "peftlab: --cfg: shows one config; leave -m out\n"
