@@ -14,6 +14,7 @@ peftlab train [KEY=VALUE ...]        fine-tune; no argument: SmolLM2-135M, offli
 peftlab train -m [KEY=V1,V2 ...]     many runs: grids, +sweeps=NAME, hydra/launcher=...
 peftlab train --help                 every key; --cfg job prints the composed config
 peftlab methods [NAME]               the methods, or one with its equation
+peftlab report [DIR ...]             compare runs: tables, and a page to look at; --help
 peftlab sync [DIR]                   upload offline W&B runs
 """
 
@@ -35,6 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     choice = methods.add_mutually_exclusive_group()
     choice.add_argument("name", nargs="?")
     choice.add_argument("--markdown", action="store_true", help="write docs/methods.md to stdout")
+    reports = verbs.add_parser(
+        "report", prog="peftlab report", help="compare runs: tables, and a page to look at"
+    )
+    reports.add_argument("folders", nargs="*", metavar="DIR", help="run folders; default: outputs")
+    reports.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: report.html")
+    reports.add_argument(
+        "--wandb", action="append", default=[], type=Path, metavar="DIR", help="offline W&B runs"
+    )
+    tables = reports.add_mutually_exclusive_group()
+    for name in ("csv", "latex", "markdown"):
+        text = f"the tables as {name} instead, to stdout or FILE"
+        tables.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=text)
     sync = verbs.add_parser("sync", help="upload offline W&B runs")
     sync.add_argument("folders", nargs="*", default=["outputs"], metavar="DIR")
     known, rest = parser.parse_known_args(words)
@@ -54,6 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
                 from peftlab.cards import show_methods
 
                 return show_methods(known.name, markdown=known.markdown)
+            case "report":
+                from peftlab.report.command import report
+
+                folders = known.folders or ([] if known.wandb else ["outputs"])
+                return report(
+                    [Path(folder) for folder in folders],
+                    wandb=known.wandb,
+                    output=known.output,
+                    table=known.table,
+                )
             case _:
                 from peftlab.sync import sync
 

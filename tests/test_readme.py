@@ -41,13 +41,15 @@ def test_the_main_job_learns_and_gives_the_readmes_numbers(tmp_path):
 
 def test_the_other_commands_run(tmp_path):
     lines = blocks()[2]
-    assert len(lines) == 7
+    assert len(lines) == 9
     outputs = [run_line(line, tmp_path) for line in lines]
     assert "after training" in outputs[0]
     assert "after training" in outputs[1]
     assert outputs[2].count("after training, bits") == 6
     assert outputs[3].count("after training, bits") == 4
-    assert "gamma_lora" in outputs[5] and "W' = W + s diag(v) B diag(u) A" in outputs[6]
+    assert "lora (nf4)" in outputs[4] and (tmp_path / "report.html").stat().st_size > 2**20
+    assert "| method |" in outputs[5].lower()
+    assert "gamma_lora" in outputs[7] and "W' = W + s diag(v) B diag(u) A" in outputs[8]
 
 
 def test_the_test_command_is_this_one():

@@ -1,0 +1,76 @@
+"""Which methods the seeds can tell apart.
+
+Rule: Welch's t-test between the train losses of two methods over their seeds, two-sided; Holm's
+correction over all pairs of the table, so that with probability 95 % no pair is called different
+by chance alone. Methods that share a letter are not separated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from statistics import fmean, variance
+
+ALPHA = 0.05
+RULE = (
+    "Methods that share a letter are not separated by their seeds (Welch's t-test on the train "
+    f"losses, Holm's correction over all pairs, {ALPHA:.0%} in all)."
+)
+UNTESTED = "-"  # in place of letters: one seed cannot be separated from anything
+
+
+def tie_groups(values: Mapping[str, Sequence[float]]) -> dict[str, str]:
+    """Return name -> letters, a for the lowest mean; two names that share one are a tie.
+
+    values: one number per seed; a name with fewer than two gets UNTESTED.
+    """
+    tested = sorted((n for n in values if len(values[n]) > 1), key=lambda n: fmean(values[n]))
+    p = {pair: welch(values[pair[0]], values[pair[1]]) for pair in combinations(tested, 2)}
+    groups = _maximal(tested, rejected(p))
+    groups.sort(key=lambda group: [tested.index(name) for name in tested if name in group])
+    letters = {name: "" for name in tested}
+    for n, group in enumerate(groups):
+        for name in group:
+            letters[name] += _letter(n)
+    return {name: letters.get(name, UNTESTED) for name in values}
+
+
+def welch(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of Welch's t-test; each sample has at least two values."""
+    from scipy.special import stdtr  # 0.5 s to import: only where there are seeds
+
+    parts = [variance(sample) / len(sample) for sample in (a, b)]
+    distance = abs(fmean(a) - fmean(b))
+    if sum(parts) == 0:
+        return float(distance == 0)
+    weights = [part**2 / (len(sample) - 1) for part, sample in zip(parts, (a, b), strict=True)]
+    freedom = sum(parts) ** 2 / sum(weights)
+    return 2 * float(stdtr(freedom, -distance / math.sqrt(sum(parts))))
+
+
+def rejected(p: Mapping[tuple[str, str], float]) -> set[tuple[str, str]]:
+    """Return the pairs that differ, by Holm's step-down procedure at ALPHA."""
+    found: set[tuple[str, str]] = set()
+    for n, pair in enumerate(sorted(p, key=lambda pair: p[pair])):
+        if p[pair] > ALPHA / (len(p) - n):
+            break
+        found.add(pair)
+    return found
+
+
+def _maximal(names: Sequence[str], apart: set[tuple[str, str]]) -> list[frozenset[str]]:
+    """Return the largest sets of which no two members are apart (Piepho 2004: insert, absorb)."""
+    groups = [frozenset(names)] if names else []
+    for a, b in sorted(apart):
+        split = [group for group in groups if a in group and b in group]
+        groups = [group for group in groups if group not in split]
+        for candidate in sorted((g - {x} for g in split for x in (a, b)), key=len, reverse=True):
+            if not any(candidate <= group for group in groups):
+                groups.append(candidate)
+    return groups
+
+
+def _letter(n: int) -> str:
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    return alphabet[n] if n < 26 else f"({n + 1})"
