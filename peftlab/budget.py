@@ -43,7 +43,7 @@ def solve(model: Mapping, method: Mapping, budget: int, tolerance: float) -> dic
     count = counter(model, method)
     start = dimensions(method, count)
     found, nearest = _search(count, start, budget, tolerance)
-    name = method_name(method)
+    name, refusal = method_name(method), ""
     for changes in found:
         try:
             build_method({**method, **changes}, _skeleton(*_key(model)), model["kinds"])

@@ -21,7 +21,7 @@ HOME = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 KEYS = {
     "": (
         *("model", "method", "optimizer", "dataset", "tracking"),
-        *("epochs", "seed", "precision", "batch", "micro_batch", "threads"),
+        *("epochs", "seed", "precision", "batch", "micro_batch", "threads", "compile"),
         *("skip_finished", "study", "objective", "aux", "output"),
     ),
     "model": (
@@ -160,6 +160,7 @@ def check(resolved: Mapping) -> None:
     if resolved["threads"] is not None:
         at_least(resolved, "threads", 1)
     one_of(resolved, "precision", ("fp32", "bf16"))
+    one_of(resolved, "compile", ("auto", True, False))
     one_of(resolved, "skip_finished", (True, False))
     names = resolved["objective"]
     for name in [names] if isinstance(names, str) else names:

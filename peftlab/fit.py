@@ -8,7 +8,7 @@ run as if it had never stopped.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -175,7 +175,7 @@ def fit(
             started = time.perf_counter()
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * factor(progress.step)
-            with FlopCounter() if progress.step == 0 else nullcontext() as counter:
+            with _counting() if progress.step == 0 else nullcontext() as counter:
                 step = _accumulate(method, nats, logits, micro_batches)
             _check_finite(step.nats, "loss")
             norm = _gradient_norm(optimizer, params)
@@ -204,6 +204,13 @@ def fit(
                 lr=optimizer.param_groups[0]["lr"],
                 grad_norm=norm.item(),
             )
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounter]:
+    """Count the operations of a step, which compiled blocks would hide."""
+    with torch.compiler.set_stance("force_eager"), FlopCounter() as counter:
+        yield counter
 
 
 def _accumulate(

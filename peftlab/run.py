@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from peftlab.backbone import Backbone, load_backbone
 from peftlab.base import base_losses
 from peftlab.bits import Tally
 from peftlab.checkpoint import load_state, save_adapter, save_state
+from peftlab.compiled import compile_blocks, plain_blocks, worth_it
 from peftlab.config import check, method_name, run_id
 from peftlab.data import Batch, Data, load_data, pad
 from peftlab.errors import InputError, require
@@ -41,6 +41,7 @@ from peftlab.method import Method, trainable
 from peftlab.optim import NetOptimizer, in_backward, schedule
 from peftlab.provenance import provenance
 from peftlab.show import Show, warn
+from peftlab.signals import listening
 from peftlab.sites import find_sites, kinds_of
 from peftlab.tracking import Tracker
 from peftlab.trial import Interrupted, Pruned, current_trial, due
@@ -53,7 +54,6 @@ MERGE_ROWS = 4  # of the test split, compared before and after the merge, in flo
 NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
 SCHEDULE = ("schedule", "warmup", "clip")  # keys of conf/optimizer that are for the run
 HANDOVER_S = 1800.0  # that a trial's job waits for an earlier job of it
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # that a batch system is about to stop the job
 
 
 class Halted(SystemExit):
@@ -127,7 +127,7 @@ def _train(
             state, parts.net, parts.optimizer, progress, rows=n_rows, run_id=result["run_id"]
         )
 
-    with _signals() as asked, rows.open("a") as lines:
+    with listening() as asked, rows.open("a") as lines:
         try:
             with Show(parts.total_steps, done=progress.step) as show:
                 for row in parts.fit(progress, stop=lambda: asked.ends(save)):
@@ -160,6 +160,7 @@ def _train(
             _write_result(folder, result)
             tracker.finish("failed", _summary(result))
             raise
+    plain_blocks(parts.net)
     result["cost"] = _cost(progress, parts, peak_bytes(device))
     if result["status"] == "completed":
         result |= _scores(progress, parts.data)
@@ -184,6 +185,7 @@ class Parts:
     method: Method
     optimizer: torch.optim.Optimizer
     total_steps: int
+    compiled: bool
 
     @property
     def net(self) -> PreTrainedModel:
@@ -239,8 +241,15 @@ def assemble(config: Mapping, load: Callable[..., Backbone] = load_backbone) -> 
     optimizer = build_optimizer(config["optimizer"], params)
     if isinstance(optimizer, NetOptimizer):
         optimizer.attach(backbone.net)
+    compiled = config["compile"]
+    if compiled == "auto":
+        n_tokens = sum(len(example.ids) for example in data.train.examples) * config["epochs"]
+        compiled = worth_it(backbone.total_params, n_tokens)
+    if compiled:
+        warn("compiling the decoder blocks at the next steps")
+        compile_blocks(backbone.net)
     steps = data.n_steps * config["epochs"]
-    return Parts(config, backbone, data, base, method, optimizer, steps)
+    return Parts(config, backbone, data, base, method, optimizer, steps, compiled)
 
 
 def prepare(method: Method, backbone: Backbone, data: Data, *, autocast: bool) -> None:
@@ -315,56 +324,6 @@ def _alone(folder: Path, *, wait_s: float) -> Iterator[None]:
             folder.rmdir()
 
 
-@dataclass
-class Asked:
-    """The signals that have asked the run to stop, and who else listens to them."""
-
-    received: list[int]
-    others: Mapping[int, Callable]  # handlers that were there before the run's own
-
-    def ends(self, save: Callable[[], None]) -> bool:
-        """Whether the run is to end now; if it was asked to, all is saved before it is decided.
-
-        Where there is another handler, that one decides: submitit's, for instance, has its job
-        queued again and exits, or returns, and the run goes on.
-        """
-        if self.received:
-            save()
-        while self.received and self.received[0] in self.others:
-            number = self.received.pop(0)
-            self.others[number](number, None)
-        return bool(self.received)
-
-
-@contextmanager
-def _signals() -> Iterator[Asked]:
-    """Collect SIGTERM and SIGINT: the run stops at the next step; a second SIGINT stops at once.
-
-    SIGUSR1 and SIGUSR2 as well where somebody listens to them: a batch system's warning.
-    """
-    ours = [signal.SIGTERM, signal.SIGINT]
-    before = {number: signal.getsignal(number) for number in (*ours, *WARNINGS)}
-    # Python itself listens to SIGINT
-    others: dict[int, Callable] = {
-        n: h for n, h in before.items() if callable(h) and n != signal.SIGINT
-    }
-    asked = Asked([], others)
-
-    def on_signal(number: int, frame: object) -> None:
-        if asked.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.received.append(number)
-        warn(f"{signal.Signals(number).name}: finishing this step, then writing a checkpoint")
-
-    for number in {*ours, *others}:
-        signal.signal(number, on_signal)
-    try:
-        yield asked
-    finally:
-        for number in {*ours, *others}:
-            signal.signal(number, before[number])
-
-
 def _finished(config: Mapping, folder: Path) -> dict | None:
     """Return the completed result in `folder`, if any; InputError if it is of another config."""
     path = folder / "result.json"
@@ -432,7 +391,7 @@ def _facts(config: Mapping, parts: Parts, trial: int | None) -> dict:
         "epochs": [],
         "cost": None,
         "merge": None,
-        "provenance": provenance(config["precision"]),
+        "provenance": provenance(config["precision"]) | {"compiled": parts.compiled},
     }
 
 

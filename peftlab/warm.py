@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftlab.backbone import Backbone, load_backbone
+from peftlab.compiled import plain_blocks
 from peftlab.method import Method
 
 Fingerprint = list[tuple]
@@ -55,6 +56,7 @@ class Shelf:
         loan, self.loan = self.loan, None
         if loan is None or loan.backbone is not backbone:
             raise ValueError("this backbone is not lent")
+        plain_blocks(backbone.net)
         method = getattr(backbone.net, "peft", None)
         if isinstance(method, Method):
             method.detach(backbone.net)

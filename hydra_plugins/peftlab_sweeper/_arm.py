@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -29,6 +31,7 @@ from peftlab.pruning import check_pruner
 from peftlab.storage import open_storage
 from peftlab.trial import VARIABLE, Interrupted, PrunedReturn, study_name
 
+RETURNS = 16  # the last ones that a sweep hands to Hydra, which looks at none
 Launch = Callable[[list[str], int], Sequence[JobReturn]]  # overrides of a job, its number
 
 
@@ -72,7 +75,7 @@ class Arm:
             self.space, settings.sampler, pruner, settings.seed, enqueue, self.directions
         )
         self.facts = self._compose()
-        self.returns: list[JobReturn] = []
+        self.returns: deque[JobReturn] = deque(maxlen=RETURNS)  # each holds two whole configs
         self.failures: list[Exception] = []
         self.error: Exception | None = None  # why no further trial of this arm is to start
 
@@ -89,6 +92,15 @@ class Arm:
         path = self.folder / "optimization_results.yaml"
         storage = raw(self.settings, "storage")
         return write_results(self.book, path, storage=storage, where=str(self.folder))
+
+    @functools.cached_property
+    def total(self) -> int | None:
+        """Trials that the study is to have in all; None: until Ctrl-C."""
+        n_trials = self.settings.n_trials
+        if not self.suggester.in_order:
+            return n_trials
+        points = sum(1 for _ in self.space.grid())
+        return points if n_trials is None else min(points, n_trials)
 
     @property
     def n_taken(self) -> int:
@@ -135,7 +147,7 @@ class Arm:
         return list(launch(overrides, number))
 
     def settle(self, number: int, result: Any, attempt: int, *, stopping: bool) -> str:
-        """Tell the study how a trial ended; return the word for it, `again` for a retry.
+        """Tell the study how a trial ended; return the words for it, `again ...` for a retry.
 
         result: what the jobs returned, or an exception.
         """
@@ -170,7 +182,7 @@ class Arm:
         reason = reason_of(error)
         refused = isinstance(error, InputError)  # it would be refused again
         if attempt <= self.settings.retries and not refused and not stopping:
-            return "again"
+            return f"again ({reason})"
         self.book.fail(number, reason)
         self.failures.append(error)
         if refused and not self.book.trials(*FINISHED):

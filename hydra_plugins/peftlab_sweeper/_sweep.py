@@ -112,7 +112,7 @@ class Sweep:
             attempts[arm, number] += 1
             stopping = bool(self.signals) or arm.error is not None
             how = arm.settle(number, result, attempts[arm, number], stopping=stopping)
-            if how == "again":
+            if how.startswith("again"):
                 waiting.append((arm, number))
             view.ended(arm, number, how)
         if not self.stopping:
