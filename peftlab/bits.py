@@ -6,6 +6,7 @@ A target is a position whose label is not IGNORE. Sums of subsets add up exactly
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,21 +27,40 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def linear_nll(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def slope(logits: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of nats, and its gradient with respect to the logits, in their dtype.
+
+    logits [n, V], without the bias [V]; targets [n, 1]. All in between is float32.
+    """
+    logits32 = logits.float() if bias is None else logits.float() + bias.float()
+    log_p = logits32.log_softmax(-1)
+    nats = -log_p.gather(1, targets).sum()
+    # softmax - one-hot, made in place of the log
+    minus_one = -torch.ones_like(targets, dtype=torch.float32)
+    return nats, log_p.exp_().scatter_add_(1, targets, minus_one).to(logits.dtype)
+
+
+def linear_nll(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    slope: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] = slope,
+) -> Tensor:
     """`nll(hidden @ head.T + bias, targets)` without keeping the logits.
 
     hidden [..., D], head [V, D], bias [V] or None, targets [...]. Exact, up to rounding: only
     positions with a target are projected, chunk by chunk, and the gradient with respect to
-    hidden and head is formed in the same pass.
+    hidden and head is formed in the same pass. slope: or the same, compiled.
     """
     scored = targets != IGNORE
-    return _LinearNLL.apply(hidden[scored], head, bias, targets[scored])
+    return _LinearNLL.apply(hidden[scored], head, bias, targets[scored], slope)
 
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, targets):  # [N, D], [V, D], [V] or None, [N]
-        needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
+    def forward(ctx, hidden, head, bias, targets, slope):  # [N, D], [V, D], [V] or None, [N]
+        needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
         dtype = _matmul_dtype(hidden)
         weight = head.to(dtype)
         nats = hidden.new_zeros((), dtype=torch.float32)
@@ -50,23 +70,19 @@ class _LinearNLL(torch.autograd.Function):
         rows = max(1, LOGITS_PER_CHUNK // head.shape[0])
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            x, y = hidden[part].to(dtype), targets[part, None]
-            logits = (x @ weight.T).float()  # [n, V]
-            if bias is not None:
-                logits += bias.float()
-            log_total = logits.logsumexp(-1, keepdim=True)
-            nats += (log_total - logits.gather(1, y)).sum()
+            x = hidden[part].to(dtype)
+            logits = x @ weight.T
             if not any(ctx.needs_input_grad):
+                nats += nll(logits if bias is None else logits.float() + bias, targets[part])
                 continue
-            # d nats / d logits = softmax - one-hot, made in place of the logits
-            slope = logits.sub_(log_total).exp_().scatter_add_(1, y, -torch.ones_like(log_total))
+            lost, d_logits = slope(logits, bias, targets[part, None])
+            nats += lost
             if d_bias is not None:
-                d_bias += slope.sum(0)
-            slope = slope.to(dtype)
+                d_bias += d_logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
-                d_hidden[part] = slope @ weight
+                d_hidden[part] = d_logits @ weight
             if d_head is not None:
-                d_head += slope.T @ x
+                d_head += d_logits.T @ x
         ctx.gradients = (d_hidden, d_head, d_bias)
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         return nats
@@ -78,7 +94,7 @@ class _LinearNLL(torch.autograd.Function):
             None if g is None else (g * scale).to(dtype)
             for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
-        return *gradients, None
+        return *gradients, None, None
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

@@ -203,7 +203,7 @@ class Parts:
             factor,
             progress,
             base=self.base,
-            loss=self.backbone.loss,
+            loss=self.backbone.compiled_loss if self.compiled else self.backbone.loss,
             epochs=self.config["epochs"],
             clip=optimizer["clip"],
             autocast=self.config["precision"] == "bf16",

@@ -95,9 +95,11 @@ def _ours(spec: dict[str, Any]):
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, ids[:, 1:].numel())
     autocast = config["precision"] == "bf16"
 
+    loss = backbone.compiled_loss if spec["compile"] else backbone.loss
+
     def nats(batch: Batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return backbone.loss(net, batch)
+            return loss(net, batch)
 
     def step() -> None:
         objective, _ = attached(net).objective(nats, nats, batch)

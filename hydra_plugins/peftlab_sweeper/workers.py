@@ -23,6 +23,7 @@ from typing import Any
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -79,7 +80,7 @@ class WorkersLauncher(Launcher):
         try:
             if worker is None:
                 with self.lock:
-                    worker = Worker(len(self.workers), *self.hydra)
+                    worker = Worker(len(self.workers), self.n_jobs, *self.hydra)
                     self.workers.append(worker)
             result = worker.run(overrides, number)
         finally:
@@ -107,15 +108,24 @@ class WorkerDied(RuntimeError):
 class Worker:
     """One process, as its launcher sees it."""
 
-    def __init__(self, index: int, context: HydraContext, task: TaskFunction, config: DictConfig):
+    def __init__(
+        self,
+        index: int,
+        n_workers: int,
+        context: HydraContext,
+        task: TaskFunction,
+        config: DictConfig,
+    ) -> None:
         spawn = get_context("spawn")  # a fork would copy threads' locks in whatever state
         self.pipe, theirs = spawn.Pipe()
         log = Path(config.hydra.sweep.dir).absolute() / f"worker-{index}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         search_path = context.config_loader.get_search_path()
-        hydra = pickle.dumps((_state(), search_path, task, config))
+        hydra = pickle.dumps((_state(), _stored(), search_path, task, config))
         # daemon: ended with this process, should it end in an orderly way without close()
-        self.process = spawn.Process(target=_serve, args=(theirs, hydra, log), daemon=True)
+        self.process = spawn.Process(
+            target=_serve, args=(theirs, hydra, log, n_workers), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.busy = False
@@ -145,13 +155,34 @@ class Worker:
 
 
 def _state() -> dict[type, Any]:
-    """Return what a worker cannot find by itself: stored configs, the app's name and version."""
-    own = (Plugins, SourcesRegistry, GlobalHydra)
+    """Return what a worker cannot find by itself, such as the app's name and version."""
+    own = (Plugins, SourcesRegistry, GlobalHydra, ConfigStore)
     return {kind: one for kind, one in Singleton._instances.items() if kind not in own}
 
 
-def _serve(pipe: Connection, hydra: bytes, log: Path) -> None:
+def _stored() -> list[bytes]:
+    """Return the configs that this app has stored, pickled.
+
+    A worker finds those of plugins by itself. They may even be impossible to pickle: where Hydra
+    has looked for plugins twice, a stored config is of a class that its module has replaced.
+    """
+    found = []
+    left: list[Any] = [ConfigStore.instance().repo]
+    while left:
+        entry = left.pop()
+        if isinstance(entry, dict):
+            left.extend(entry.values())
+            continue
+        with contextlib.suppress(pickle.PicklingError):
+            found.append(pickle.dumps(entry))
+    return found
+
+
+def _serve(pipe: Connection, hydra: bytes, log: Path, n_workers: int) -> None:
     """Run in the worker: take jobs from the pipe until it is closed."""
+    # Before torch is loaded: workers that all take every core wait for each other most of the time.
+    share = max(1, len(os.sched_getaffinity(0)) // n_workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
     os.setpgid(0, 0)  # Ctrl-C on the terminal reaches the sweeper, which passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with log.open("a") as file:  # side by side on one terminal, output would be unreadable
@@ -159,8 +190,12 @@ def _serve(pipe: Connection, hydra: bytes, log: Path) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
     setup_globals()
     Plugins.instance()  # a worker finds the plugins itself
-    state, search_path, task, config = pickle.loads(hydra)
+    state, stored, search_path, task, config = pickle.loads(hydra)
     Singleton._instances.update(state)
+    for entry in map(pickle.loads, stored):
+        ConfigStore.instance().store(
+            entry.name, entry.node, entry.group, entry.package, entry.provider
+        )
     context = HydraContext(ConfigLoaderImpl(search_path), Callbacks(config))
     jobs: queue.Queue[tuple[list[str], int]] = queue.Queue()
     threading.Thread(target=_receive, args=(pipe, jobs), daemon=True).start()

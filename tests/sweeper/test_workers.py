@@ -1,13 +1,16 @@
 """Worker processes: side by side, kept for the whole study, replaced when they die."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import optuna
 import pytest
+from hydra.core.config_store import ConfigStore
 from toy import HERE, states, sweep, trials
 
 from peftlab.errors import InputError
@@ -26,6 +29,30 @@ def test_a_killed_worker_costs_one_attempt_and_is_replaced(tmp_path):
     ran = sorted(line[0] for line in (tmp_path / "log").read_text().splitlines())
     assert ran == ["0", "1", "1", "2", "3"]
     assert len(list(tmp_path.glob("worker-*.log"))) == 3
+
+
+def test_plugins_that_hydra_has_loaded_anew(tmp_path):
+    """Their stored configs are then of classes that cannot be pickled any more."""
+
+    @dataclass
+    class Replaced:
+        value: int = 1
+
+    Replaced.__module__, Replaced.__qualname__ = "hydra_plugins.peftlab_sweeper.conf", "WorkersConf"
+    store = ConfigStore.instance()
+    store.store(group="hydra/launcher", name="replaced", node=Replaced)
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(store.load("hydra/launcher/replaced.yaml"))
+    sweep(tmp_path, "k=1", GRID, WORKERS, "hydra.launcher.n_jobs=1")
+    assert states(tmp_path) == ["COMPLETE"]
+    del store.repo["hydra"]["launcher"]["replaced.yaml"]
+
+
+def test_workers_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    sweep(tmp_path, "k=1,2", "what=threads", GRID, WORKERS, "hydra.launcher.n_jobs=2")
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [trial.value for trial in trials(tmp_path)] == [share, share]
 
 
 def start(folder, *more):

@@ -59,6 +59,8 @@ def task(c):
         case "interrupt" if number == 2 and not Path(f"{c.log}.{number}").exists():
             Path(f"{c.log}.{number}").touch()
             os.kill(os.getpid(), signal.SIGINT)
+        case "threads":
+            return int(os.environ["OMP_NUM_THREADS"])
         case "two":
             return value_of(c), c.x
     return value_of(c)
