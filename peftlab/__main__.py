@@ -15,6 +15,7 @@ peftlab train -m [KEY=V1,V2 ...]     many runs: grids, +sweeps=NAME, hydra/launc
 peftlab train --help                 every key; --cfg job prints the composed config
 peftlab methods [NAME]               the methods, or one with its equation
 peftlab report [DIR ...]             compare runs: tables, and a page to look at; --help
+peftlab reproduce RUN                run it again: the same numbers, or what differs
 peftlab sync [DIR]                   upload offline W&B runs
 """
 
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("csv", "latex", "markdown"):
         text = f"the tables as {name} instead, to stdout or FILE"
         tables.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=text)
+    again = verbs.add_parser("reproduce", help="run a run again and compare every number")
+    again.add_argument("run", type=Path, metavar="RUN", help="its folder")
     sync = verbs.add_parser("sync", help="upload offline W&B runs")
     sync.add_argument("folders", nargs="*", default=["outputs"], metavar="DIR")
     known, rest = parser.parse_known_args(words)
@@ -77,6 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
                     output=known.output,
                     table=known.table,
                 )
+            case "reproduce":
+                from peftlab.reproduce import reproduce
+
+                return reproduce(known.run)
             case _:
                 from peftlab.sync import sync
 
