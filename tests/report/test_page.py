@@ -187,7 +187,7 @@ def test_pointing_marks_the_run_in_all_three_and_a_click_shows_it(opened):
     assert opened.evaluate("document.activeElement.id") == "run"
     assert "run=" in opened.evaluate("location.hash")
     text = opened.evaluate("byId('run').textContent")
-    assert "peftlab train b" in text and "--config-name=config hydra.run.dir=again" in text
+    assert "peftlab train b" in text and "peftlab reproduce " in text
     assert "optimizer.lr: 0.001" in text
     curves = opened.evaluate("byId('plot-run').data.map((trace) => [trace.name, trace.y])")
     assert [name for name, _ in curves][1:] == ["train split", "test split"]

@@ -93,10 +93,8 @@ function drawRun(view) {
       element("pre", { tabindex: 0 }, config.join("\n"))));
   }
   if (runs.in_folder[run]) {
-    const folder = runName(run);
-    const path = folder.startsWith("/") ? quoted(folder) : `"$PWD"/${quoted(folder)}`;
-    body.append(...commandBlock("To run it again, in a folder of its own:",
-      `peftlab train --config-path=${path} --config-name=config hydra.run.dir=again`));
+    body.append(...commandBlock("To run it again and compare every number, if it was completed:",
+      `peftlab reproduce ${quoted(runName(run))}`));
   } else {
     body.append(element("p", { class: "muted" }, "Read from W&B's record, which has no command."));
   }
