@@ -155,8 +155,11 @@ class Worker:
 
 
 def _state() -> dict[type, Any]:
-    """Return what a worker cannot find by itself, such as the app's name and version."""
-    own = (Plugins, SourcesRegistry, GlobalHydra, ConfigStore)
+    """Return what a worker cannot find by itself, such as the app's name and version.
+
+    HydraConfig is that of the last job in this process, if any; a worker's jobs have their own.
+    """
+    own = (Plugins, SourcesRegistry, GlobalHydra, ConfigStore, HydraConfig)
     return {kind: one for kind, one in Singleton._instances.items() if kind not in own}
 
 
