@@ -56,7 +56,7 @@ def first_difference(
     old: Mapping[str, Any], rows: list[dict], new: Mapping[str, Any], new_rows: list[dict]
 ) -> str | None:
     """Return what differs first between two results with their rows, or None."""
-    for number, (before, after) in enumerate(zip(rows, new_rows), 1):  # noqa: B905 - see below
+    for number, (before, after) in enumerate(zip(rows, new_rows, strict=False), 1):
         for key in before:
             if before[key] != after.get(key):
                 where = f"row {number} (step {before['step']}, {before['phase']} {before['split']})"
