@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ peftlab train -m [KEY=V1,V2 ...]     many runs: grids, +sweeps=NAME, hydra/launc
 peftlab train --help                 every key; --cfg job prints the composed config
 peftlab methods [NAME]               the methods, or one with its equation
 peftlab report [DIR ...]             compare runs: tables, and a page to look at; --help
+peftlab analyze [QUESTION RUN ...]   ask runs a question; alone: the questions
+peftlab export RUN --to FORM -o DIR  merged: a model for transformers; adapter: ours; peft: for peft
 peftlab reproduce RUN                run it again: the same numbers, or what differs
 peftlab sync [DIR]                   upload offline W&B runs
 """
@@ -49,6 +52,16 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("csv", "latex", "markdown"):
         text = f"the tables as {name} instead, to stdout or FILE"
         tables.add_argument(f"--{name}", dest="table", action="store_const", const=name, help=text)
+    verbs.add_parser("analyze", add_help=False, help="ask runs a question; alone: which there are")
+    exports = verbs.add_parser("export", help="write what a run has trained, for others to load")
+    exports.add_argument("run", type=Path, metavar="RUN", help="its folder, or an exported adapter")
+    forms = "merged (a checkpoint of transformers), adapter (ours), peft (Hugging Face's)"
+    exports.add_argument("--to", required=True, metavar="FORM", help=forms)
+    exports.add_argument("-o", "--output", required=True, type=Path, metavar="DIR")
+    text = "of merged weights; fp32 (default) keeps the function, bf16 is half as large"
+    exports.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help=text)
+    text = "folder with the base model, if it is no longer where the run took it from"
+    exports.add_argument("--base", type=Path, metavar="DIR", help=text)
     again = verbs.add_parser("reproduce", help="run a run again and compare every number")
     again.add_argument("run", type=Path, metavar="RUN", help="its folder")
     sync = verbs.add_parser("sync", help="upload offline W&B runs")
@@ -57,12 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     if known.verb is None:
         parser.print_help()
         return 0
-    if known.verb != "train" and rest:
+    if known.verb not in ("train", "analyze") and rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     def work() -> int:
         match known.verb:
             case "train":
+                from peftlab.allocator import keep_memory
+
+                keep_memory()
                 from peftlab.train import train
 
                 return train(rest)
@@ -80,6 +96,15 @@ def main(arguments: list[str] | None = None) -> int:
                     output=known.output,
                     table=known.table,
                 )
+            case "analyze":
+                from peftlab.analyze import analyze
+
+                return analyze(rest)
+            case "export":
+                from peftlab.export import export
+
+                folder, base = known.output, known.base
+                return export(known.run, known.to, folder, dtype=known.dtype, base=base)
             case "reproduce":
                 from peftlab.reproduce import reproduce
 
@@ -96,6 +121,9 @@ def guarded(work: Callable[[], int]) -> int:
     """Run `work`; bad input ends in one line and exit code 2, unless HYDRA_FULL_ERROR=1."""
     try:
         return work()
+    except KeyboardInterrupt:  # before or after training, which has its own way to stop
+        print("peftlab: interrupted; the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
     except InputError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -11,7 +11,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from peftlab.compiled import fast_slope
 from peftlab.data import Batch
 from peftlab.errors import InputError, require
 from peftlab.files import cache_dir, making, sha256_of, write_atomic
@@ -60,11 +58,6 @@ class Backbone:
     def loss(self) -> Callable[[PreTrainedModel, Batch], Tensor]:
         """The differentiable sum of nats of a batch, in the fastest form that is exact here."""
         return nats_of if self.linear_logits else nats_of_logits
-
-    @property
-    def compiled_loss(self) -> Callable[[PreTrainedModel, Batch], Tensor]:
-        """`loss` with its elementwise part compiled, where there is such a part."""
-        return partial(nats_of, slope=fast_slope()) if self.linear_logits else self.loss
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer. Raises: InputError if the folder holds none."""

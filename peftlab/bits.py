@@ -6,7 +6,7 @@ A target is a position whose label is not IGNORE. Sums of subsets add up exactly
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-LOGITS_PER_CHUNK = 2**24  # 64 MiB of float32: the largest piece of the logits that ever exists
+LOGITS_PER_CHUNK = 2**24  # 32 MiB of bf16: the largest piece of the logits that ever exists
+IN_CACHE = 2**20  # 4 MiB of float32: of that piece, what is worked on at a time on a CPU
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -27,62 +28,63 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def slope(logits: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of nats, and its gradient with respect to the logits, in their dtype.
+def slope_(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Return the sum of nats (float32 scalar), and turn the logits into its gradient, in place.
 
-    logits [n, V], without the bias [V]; targets [n, 1]. All in between is float32.
+    logits [n, V], without the bias [V]; targets [n, 1]. All in between is float32, of a few rows
+    at a time: what stays in the processor's cache takes half the time, and no memory.
     """
-    logits32 = logits.float() if bias is None else logits.float() + bias.float()
-    log_p = logits32.log_softmax(-1)
-    nats = -log_p.gather(1, targets).sum()
-    # softmax - one-hot, made in place of the log
-    minus_one = -torch.ones_like(targets, dtype=torch.float32)
-    return nats, log_p.exp_().scatter_add_(1, targets, minus_one).to(logits.dtype)
+    nats = logits.new_zeros((), dtype=torch.float32)
+    for part, target in _few_rows(logits, targets):
+        log_p = (part.float() if bias is None else part.float() + bias.float()).log_softmax(-1)
+        nats -= log_p.gather(1, target).sum()
+        # softmax - one-hot, made in place of the log
+        minus_one = -torch.ones_like(target, dtype=torch.float32)
+        part.copy_(log_p.exp_().scatter_add_(1, target, minus_one))
+    return nats
 
 
-def linear_nll(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    slope: Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]] = slope,
-) -> Tensor:
+def _few_rows(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = len(logits) if logits.is_cuda else IN_CACHE // logits.shape[1]
+    rows = max(1, rows)
+    return zip(logits.split(rows), targets.split(rows), strict=True)
+
+
+def linear_nll(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """`nll(hidden @ head.T + bias, targets)` without keeping the logits.
 
     hidden [..., D], head [V, D], bias [V] or None, targets [...]. Exact, up to rounding: only
     positions with a target are projected, chunk by chunk, and the gradient with respect to
-    hidden and head is formed in the same pass. slope: or the same, compiled.
+    hidden and head is formed in the same pass.
     """
     scored = targets != IGNORE
-    return _LinearNLL.apply(hidden[scored], head, bias, targets[scored], slope)
+    return _LinearNLL.apply(hidden[scored], head, bias, targets[scored])
 
 
 class _LinearNLL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, head, bias, targets, slope):  # [N, D], [V, D], [V] or None, [N]
-        needs_hidden, needs_head, needs_bias, *_ = ctx.needs_input_grad
+    def forward(ctx, hidden, head, bias, targets):  # [N, D], [V, D], [V] or None, [N]
+        needs_hidden, needs_head, needs_bias, _ = ctx.needs_input_grad
         dtype = _matmul_dtype(hidden)
         weight = head.to(dtype)
         nats = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
-        rows = max(1, LOGITS_PER_CHUNK // head.shape[0])
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        for part in _chunks(len(hidden), max(1, LOGITS_PER_CHUNK // head.shape[0])):
             x = hidden[part].to(dtype)
             logits = x @ weight.T
             if not any(ctx.needs_input_grad):
-                nats += nll(logits if bias is None else logits.float() + bias, targets[part])
+                for some, target in _few_rows(logits, targets[part]):
+                    nats += nll(some if bias is None else some.float() + bias, target)
                 continue
-            lost, d_logits = slope(logits, bias, targets[part, None])
-            nats += lost
+            nats += slope_(logits, bias, targets[part, None])
             if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=torch.float32)
+                d_bias += logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ weight
+                d_hidden[part] = logits @ weight
             if d_head is not None:
-                d_head += d_logits.T @ x
+                d_head += logits.T @ x
         ctx.gradients = (d_hidden, d_head, d_bias)
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         return nats
@@ -94,7 +96,13 @@ class _LinearNLL(torch.autograd.Function):
             None if g is None else (g * scale).to(dtype)
             for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None
+        return *gradients, None
+
+
+def _chunks(n: int, most: int) -> Iterator[slice]:
+    """Cut n rows into as few chunks as hold `most` each, equally long but for one row."""
+    pieces = math.ceil(n / most)
+    return (slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces))
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ from peftlab.backbone import conv1d_to_linear, locate
 from peftlab.cards import card
 from peftlab.config import method_name
 from peftlab.errors import InputError, require
-from peftlab.run import NOT_ARGUMENTS, build_method
+from peftlab.parts import NOT_ARGUMENTS, build_method
 from peftlab.sites import find_sites, kinds_of
 
 TOLERANCE = 0.02  # of the budget

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftlab.bits import Tally
 from peftlab.errors import InputError
-from peftlab.files import replacing
+from peftlab.files import replacing, save_tensors
 from peftlab.fit import Progress
 from peftlab.method import attached, trainable
 
@@ -35,19 +34,21 @@ def save_adapter(net: nn.Module, path: Path, about: Mapping[str, str]) -> int:
     """
     attached(net).compact()
     with replacing(path) as temporary:  # straight from the tensors, without a copy in memory
-        save_file(_on_cpu(adapter_tensors(net)), temporary, dict(about))
+        save_tensors(temporary, _on_cpu(adapter_tensors(net)), about)
     return path.stat().st_size
 
 
-def load_adapter(net: nn.Module, path: Path) -> None:
+def load_adapter(net: nn.Module, path: Path) -> dict[str, str]:
     """Copy an adapter's tensors into `net`, to which the same method is attached; compact it.
 
+    Returns what the file's header says about it.
     Raises: InputError if the file is damaged or its tensors are not this method's.
     """
-    tensors, _ = _read(path)
+    tensors, about = read_tensors(path)
     attached(net).compact()
     _copy_into(adapter_tensors(net), tensors, path)
     attached(net).loaded()
+    return about
 
 
 def save_state(
@@ -64,12 +65,13 @@ def save_state(
             else:
                 scalars[where] = value
     tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    device = next(net.parameters()).device
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     header = {"progress": asdict(progress), "scalars": scalars, **more}
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        save_file(_on_cpu(tensors), temporary, {"state": json.dumps(header)})
+        save_tensors(temporary, _on_cpu(tensors), {"state": json.dumps(header)})
 
 
 def load_state(
@@ -79,20 +81,36 @@ def load_state(
 
     Raises: InputError if the file is damaged or belongs to other tensors.
     """
-    tensors, metadata = _read(path)
-    header = json.loads(metadata["state"])
+    tensors, metadata = read_tensors(path)
+    try:
+        return _restore(net, optimizer, tensors, json.loads(metadata["state"]), path)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is no checkpoint of a run ({error!r:.80})") from error
+
+
+def _restore(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    header: dict,
+    path: Path,
+) -> tuple[Progress, dict]:
     own = {name.removeprefix("net/"): t for name, t in tensors.items() if name.startswith("net/")}
     _copy_into(adapter_tensors(net), own, path)
     attached(net).loaded()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict] = {}
     for where, value in {**tensors, **header.pop("scalars")}.items():
         if where.startswith("optimizer/"):
             _, index, key = where.split("/", 2)
-            state.setdefault(int(index), {})[key] = value
+            state.setdefault(int(index), {})[key] = _laid_as(params[int(index)], value)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    device = next(net.parameters()).device
+    if "random/cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
     stored = header.pop("progress")
     stored["online"] = Tally(**stored["online"])
     for split in ("train", "test"):
@@ -100,14 +118,25 @@ def load_state(
     return Progress(**stored), header
 
 
+def _laid_as(p: Tensor, value: object) -> object:
+    """Return a tensor of p's shape with p's strides too: fused optimizers go through memory."""
+    if not isinstance(value, Tensor) or value.shape != p.shape:
+        return value
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and what its header says.
+
+    Raises: InputError if it is damaged or cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: damaged or unreadable ({error}); delete it to start anew"

@@ -6,17 +6,15 @@ The compiled kernels stay in the cache: the next process need not make them agai
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
-from peftlab.bits import slope
 from peftlab.errors import InputError
 from peftlab.files import cache_dir
 from peftlab.sites import decoder_blocks
@@ -38,12 +36,6 @@ def compile_blocks(net: PreTrainedModel) -> None:
     shapes.use_duck_shape = False
     for block in _blocks(net):
         block.compile(dynamic=True)
-
-
-@functools.cache
-def fast_slope() -> Callable:
-    """Return `peftlab.bits.slope`, compiled: two passes over the logits instead of seven."""
-    return torch.compile(slope, dynamic=True)
 
 
 def plain_blocks(net: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,13 +23,15 @@ KEYS = {
     "": (
         *("model", "method", "optimizer", "dataset", "tracking"),
         *("epochs", "seed", "precision", "batch", "micro_batch", "threads", "compile"),
-        *("skip_finished", "study", "objective", "aux", "output"),
+        *("reuse_frozen", "skip_finished", "study", "objective", "aux", "output"),
     ),
     "model": (
         *("name", "source", "path", "revision", "sha256"),
         *("device", "dtype", "quantize", "attention", "kinds"),
     ),
 }
+GROUPS_OF_KEYS = ("model", "method", "optimizer", "dataset", "tracking", "aux")
+SCHEDULED = ("lr", "weight_decay", "schedule", "warmup", "clip")  # by run.py, for any optimizer
 GROUPS = ("model", "method")  # that a count of parameters depends on
 # What does not change the numbers of a run, and so is no part of its identity.
 NOT_IDENTITY = (
@@ -79,11 +82,18 @@ def run_id(resolved: Mapping) -> str:
 
 def method_name(method: Mapping) -> str:
     """Return the method's name: that of its file, of its YAML and on the command line."""
+    _check_target("method", method)
     return method["_target_"].split(".")[-2]
 
 
 def run_name(resolved: Mapping) -> str:
-    """Return a folder name that tells model, method and data, and is unique to the config."""
+    """Return a folder name that tells model, method and data, and is unique to the config.
+
+    Raises: InputError for a config that lacks a part, and for a name that would lead elsewhere.
+    """
+    _check_shape(resolved)
+    for group in ("model", "dataset"):
+        check_name(f"{group}.name", resolved[group]["name"])
     what = (resolved["model"]["name"], method_name(resolved["method"]), resolved["dataset"]["name"])
     return "-".join((*what, run_id(resolved)[:8]))
 
@@ -146,11 +156,17 @@ def check(resolved: Mapping) -> None:
 
     Raises: InputError naming the key, the value and what is allowed.
     """
+    _check_shape(resolved)
+    _check_text(resolved, "")
     for group, keys in KEYS.items():
         for key in resolved[group] if group else resolved:
             where = f"{group}.{key}" if group else key
             allowed = f"no such key; {group or 'the config'} has {', '.join(keys)}"
             require(key in keys, where, (resolved[group] if group else resolved)[key], allowed)
+    _check_model(resolved["model"])
+    check_name("dataset.name", resolved["dataset"]["name"])
+    for part in () if resolved["study"] is None else str(resolved["study"]).split("/"):
+        check_name("study", part)  # an arm's is STUDY/ARM
     at_least(resolved, "epochs", 1)
     at_least(resolved, "seed", 0)
     at_least(resolved, "batch", 1)
@@ -159,8 +175,10 @@ def check(resolved: Mapping) -> None:
     require(micro <= batch, "micro_batch", micro, f"at most batch ({batch})")
     if resolved["threads"] is not None:
         at_least(resolved, "threads", 1)
+        require(resolved["threads"] <= 1024, "threads", resolved["threads"], "at most 1024")
     one_of(resolved, "precision", ("fp32", "bf16"))
     one_of(resolved, "compile", ("auto", True, False))
+    one_of(resolved, "reuse_frozen", (True, False))
     one_of(resolved, "skip_finished", (True, False))
     names = resolved["objective"]
     for name in [names] if isinstance(names, str) else names:
@@ -172,6 +190,67 @@ def check(resolved: Mapping) -> None:
     one_of(optimizer, "optimizer.schedule", ("cosine", "linear", "constant"))
     if optimizer["optimizer.clip"] is not None:
         number(optimizer, "optimizer.clip", above=0)
+
+
+def check_name(key: str, value: object) -> None:
+    """Require what may be part of a folder's name, and leads nowhere else."""
+    fits = isinstance(value, str | int) and re.fullmatch(r"\w[\w+.@ -]*", str(value)) is not None
+    require(fits, key, value, "a name of letters, digits and _ + . @ - that begins with one")
+
+
+def _check_shape(resolved: Mapping) -> None:
+    """Require every key of the config, and in each group what all of its files have."""
+    for key in KEYS[""]:
+        require(key in resolved, key, "nothing", "a key that every config has")
+    for group in GROUPS_OF_KEYS:
+        value = resolved[group]
+        require(isinstance(value, Mapping), group, value, f"the name of a file in conf/{group}")
+    for key in KEYS["model"]:
+        require(key in resolved["model"], f"model.{key}", "nothing", "a key that every model has")
+    for key in ("name", "block_length"):  # the others are for data.py
+        found = key in resolved["dataset"]
+        require(found, f"dataset.{key}", "nothing", "a key that every data set has")
+    for group in ("method", "optimizer", "tracking"):
+        _check_target(group, resolved[group])
+    for key in SCHEDULED:
+        found = key in resolved["optimizer"]
+        require(found, f"optimizer.{key}", "nothing", "a key that every optimizer has")
+
+
+def _check_text(node: object, key: str) -> None:
+    """Require that all keys and texts can be written to a file: an argument may be any bytes."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            _check_text(str(name), key)
+            _check_text(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for item in node:
+            _check_text(item, key)
+    elif isinstance(node, str):
+        halves = any("\ud800" <= character <= "\udfff" for character in node)
+        require(not halves, key, ascii(node), "text in UTF-8")
+
+
+def _check_target(group: str, node: Mapping) -> None:
+    target = node.get("_target_")
+    fits = isinstance(target, str) and re.fullmatch(r"\w+(\.\w+)+", target) is not None
+    require(fits, f"{group}._target_", target, "a class, with its module, as in conf/")
+
+
+def _check_model(model: Mapping) -> None:
+    """Require texts where texts belong; a model that is ours stays where ours are."""
+    check_name("model.name", model["name"])
+    source, path, sha256 = model["source"], model["path"], model["sha256"]
+    one_of({"model.source": source}, "model.source", ("package", "bundled", "hub"))
+    require(isinstance(path, str) and path != "", "model.path", path, "a text")
+    if source != "hub":
+        plain = re.fullmatch(r"\w[\w.-]*", path) is not None
+        require(plain, "model.path", path, f"a plain name where model.source={source}")
+    text = model["revision"] is None or isinstance(model["revision"], str)
+    require(text, "model.revision", model["revision"], "null, or a branch, tag or commit")
+    hexadecimal = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
+    free = sha256 is None and source != "package"
+    require(hexadecimal or free, "model.sha256", sha256, "64 hexadecimal digits, or null")
 
 
 def at_least(values: Mapping, key: str, least: int) -> None:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peftlab.bits import IGNORE
 from peftlab.documents import Tokens, tokenise
 from peftlab.errors import InputError, require
-from peftlab.files import cache_dir, making
+from peftlab.files import cache_dir, making, save_tensors
 from peftlab.sources import find_source
 from peftlab.splits import choose
 
@@ -67,9 +66,16 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy to a device."""
-        positions = None if self.positions is None else self.positions.to(device)
-        return Batch(self.ids.to(device), self.targets.to(device), positions, self.n_tokens)
+        """Copy to a device; to a GPU without waiting for it."""
+        gpu = torch.device(device).type == "cuda"
+
+        def copy(tensor: Tensor) -> Tensor:
+            if gpu and tensor.device.type == "cpu":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
+        positions = None if self.positions is None else copy(self.positions)
+        return Batch(copy(self.ids), copy(self.targets), positions, self.n_tokens)
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,7 @@ def _store(tokens: Tokens, n_rows: int, path: Path) -> None:
     counts = (n_rows, tokens.n_bytes, tokens.n_truncated, tokens.n_truncated_tokens)
     tensors["lengths"] = torch.tensor([len(part) for part in tokens.ids], dtype=torch.int32)
     tensors["counts"] = torch.tensor(counts, dtype=torch.int64)
-    save_file(tensors, path, metadata={"sha256": _sha256(tensors)})
+    save_tensors(path, tensors, {"sha256": _sha256(tensors)})
 
 
 def _stored(path: Path) -> tuple[Split, str]:

@@ -5,20 +5,24 @@ shape, a type and an autograd graph, but no data. So the one code that trains al
 keeps, for every method, model and optimizer alike, and an 8B model takes seconds on a laptop.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from peftlab.backbone import DTYPES, SHORT, conv1d_to_linear
 from peftlab.bits import LOGITS_PER_CHUNK
+from peftlab.flops import FlopCounter
 from peftlab.method import trainable
 from peftlab.nf4 import pack, quantize_, unpack
 from peftlab.optim import NetOptimizer, in_backward
-from peftlab.run import build_method, build_optimizer
+from peftlab.parts import build_method, build_optimizer
 from peftlab.sites import find_sites, kinds_of
 
 
@@ -49,31 +53,20 @@ def estimate(
     length: int,
     precision: str,
     quantize: str | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Memory:
     """Estimate training with batches of rows x length tokens, each with a target, on the CPU.
 
-    method, optimizer: config groups. precision: fp32 or bf16, as in conf/config.yaml.
+    method, optimizer: config groups. precision: fp32 or bf16, as in conf/config.yaml. kinds:
+    model.kinds.
     """
-    autocast = precision == "bf16"
-    unpack(pack(torch.ones(1, 64)), (1, 64), torch.float32)  # its cached tables must be real ones
-    model._attn_implementation = "eager" if length <= SHORT else "sdpa"
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
-        conv1d_to_linear(net)
-        if quantize is not None:
-            sites = find_sites(net, kinds_of(model.model_type, None), "all")
-            quantize_([site.module for site in sites], torch.device("cpu"))
-        built = build_method(method, net, None)
-        built.attach(net)
-        net.train()
+    width = 2 if precision == "bf16" else 4
+    with _built(model, method, optimizer, length, precision, quantize, kinds) as (net, chosen):
         params = [p for _, p in trainable(net)]
-        chosen = build_optimizer(optimizer, params)
-        if isinstance(chosen, NetOptimizer):
-            chosen.attach(net)
-        activations = _kept_for_backward(net, rows, length, autocast=autocast)
-        head = net.get_output_embeddings().weight
-        loss = rows * length * net.config.hidden_size * (2 if autocast else 4)
-        loss += 4 * min(LOGITS_PER_CHUNK, rows * length * head.shape[0])
+        activations = _kept_for_backward(net, rows, length, autocast=precision == "bf16")
+        head = cast(nn.Linear, net.get_output_embeddings()).weight
+        loss = width * rows * length * net.config.hidden_size
+        loss += width * min(LOGITS_PER_CHUNK, rows * length * head.shape[0])
         loss += 4 * head.numel() if head.requires_grad else 0
         sizes = [4 * p.numel() for p in params]
         total = _bytes((*net.parameters(), *net.buffers()))
@@ -85,6 +78,73 @@ def estimate(
             activations=activations,
             loss=loss,
         )
+
+
+def step_flops(
+    model: PretrainedConfig,
+    method: Mapping,
+    optimizer: Mapping,
+    *,
+    rows: int,
+    length: int,
+    precision: str,
+) -> int:
+    """Count the floating-point operations of a training step, each token with a target.
+
+    As `Progress.flops` does while it trains, but over tensors without data. Arguments as of
+    `estimate`.
+    """
+    with _built(model, method, optimizer, length, precision, None, None) as (net, _):
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with FlopCounter() as counter, autocast:
+            hidden = net.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.float().sum().backward()
+        head = cast(nn.Linear, net.get_output_embeddings()).weight
+        products = (
+            2 + head.requires_grad
+        )  # the logits, the gradient of their input, and of the head
+        return counter.total + products * 2 * rows * length * head.numel()
+
+
+@contextmanager
+def _built(
+    model: PretrainedConfig,
+    method: Mapping,
+    optimizer: Mapping,
+    length: int,
+    precision: str,
+    quantize: str | None,
+    kinds: Mapping[str, str] | None,
+) -> Iterator[tuple[PreTrainedModel, torch.optim.Optimizer]]:
+    """Yield the model with the method attached, and the optimizer, all of tensors without data."""
+    unpack(pack(torch.ones(1, 64)), (1, 64), torch.float32)  # its cached tables must be real ones
+    model._attn_implementation = "eager" if length <= SHORT else "sdpa"
+    with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+        net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
+        conv1d_to_linear(net)
+        net.requires_grad_(False)
+        if quantize is not None:
+            sites = find_sites(net, kinds_of(model.model_type, kinds), "all")
+            quantize_([site.module for site in sites], torch.device("cpu"))
+        built = build_method(method, net, kinds)
+        built.attach(net)
+        net.train()
+        chosen = build_optimizer(optimizer, [p for _, p in trainable(net)])
+        if isinstance(chosen, NetOptimizer):
+            chosen.attach(net)
+        yield net, chosen
+
+
+class _Scalars(TorchDispatchMode):
+    """Give 0 where a number is read out of a tensor without data: a seed, a draw, a comparison."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
 
 
 def _kept_for_backward(net: PreTrainedModel, rows: int, length: int, *, autocast: bool) -> int:

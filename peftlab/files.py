@@ -1,16 +1,24 @@
 """Files on disk: the cache folder, atomic writes, content hashes, and locks between processes."""
 
+from __future__ import annotations
+
 import contextlib
+import errno
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from peftlab.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # seconds to import; some verbs need none
 
 
 def cache_dir() -> Path:
@@ -33,13 +41,37 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _to_disk(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes 0600, useless in a shared folder
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises: OSError, as any file does, where the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:  # its own word for whatever the system refuses
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left beside `path` of `replacing` or `making` it.
+
+    Only for who is alone with `path`, by a lock.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.suffix == ".lock":
+            continue
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 @contextlib.contextmanager
@@ -63,18 +95,26 @@ def making(folder: Path) -> Iterator[Path | None]:
         if folder.exists():
             yield None
             return
+        remove_unfinished(folder)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             yield temporary
-            for file in temporary.rglob("*"):  # save_pretrained writes 0600
-                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
-            temporary.chmod(0o777 & ~_umask())
-            os.replace(temporary, folder)
+            place(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     finally:
         lock.release()
+
+
+def place(temporary: Path, folder: Path) -> None:
+    """Rename a folder from mkdtemp, whole and on the disk, to `folder`, which others may read."""
+    for file in temporary.rglob("*"):  # save_pretrained writes 0600
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
+        if file.is_file():
+            _to_disk(file)
+    temporary.chmod(0o777 & ~_umask())
+    os.replace(temporary, folder)
 
 
 def sha256_of(path: Path) -> str:
@@ -84,6 +124,12 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):  # hashlib.file_digest needs Python 3.11
             digest.update(block)
     return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Have the content on the disk before a rename makes it count: machines crash, too."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

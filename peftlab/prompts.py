@@ -44,7 +44,7 @@ class PromptMethod(Method):
 
     def __init__(self, sites: Sequence[Site], *, length: int) -> None:
         super().__init__(sites)
-        self.length = length
+        self.length = self.n_positions = length
 
     def extend(self, e: Tensor) -> Tensor:
         """Map embeddings e [B, T, d] of the tokens to [B, P + T, d]."""
@@ -152,9 +152,10 @@ class PrefixMethod(SiteMethod):
 
         Raises: InputError if the model's attention cannot be exchanged.
         """
-        places = [self.place(backbone, site) for site in self.sites]
+        places = self.acting(backbone)
         model = cast(PreTrainedModel, backbone)
-        sinks = any(hasattr(place, "sinks") for place in places)  # one more score, not ours to know
+        # a sink is one more score, which is not ours to know
+        sinks = any(hasattr(place, "sinks") for place, _ in places)
         fitting = "for a prefix one whose attention can be exchanged"
         require(not sinks, "model", type(model).__name__, fitting)
         self.replaced = cast(str, model.config._attn_implementation)
@@ -165,7 +166,7 @@ class PrefixMethod(SiteMethod):
         model.set_attn_implementation(name)
         taken = model.config._attn_implementation == name
         require(taken, "model", type(model).__name__, fitting)
-        for place, t in zip(places, self.tensors, strict=True):
+        for place, t in places:
             give = partial(_give, self, t)
             self.handles.append(place.register_forward_pre_hook(give, with_kwargs=True))
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from peftlab.recorded import read_record, read_rows
 
-from peftlab.config import HOME, KEYS, run_id
-from peftlab.errors import InputError, require
-
-RECORDED = ("config.yaml", "result.json", "rows.jsonl")
 # What may explain another number, in the order in which it is asked for.
 CAUSES = (
     ("model", "sha256"),
@@ -33,13 +28,19 @@ def reproduce(folder: Path) -> int:
 
     Raises: InputError for a folder without a completed run, or a config that is not its own.
     """
-    config, old, rows = _read(folder)
+    record = read_record(folder)
+    old, rows = record.result, record.rows
     from peftlab.run import run
+
+    # The result is not to depend on where it goes, but does on how many threads add it up.
+    tracking = {"_target_": "peftlab.tracking.NoTracker"}
+    threads = old["provenance"]["threads"]
+    config = {**record.config, "tracking": tracking, "threads": threads}
 
     with tempfile.TemporaryDirectory() as place:
         again = Path(place) / "run"
         new = run(config, again, trial=old["trial"], job_type="train")
-        new_rows = _rows(again / "rows.jsonl")
+        new_rows = read_rows(again / "rows.jsonl")
     difference = first_difference(old, rows, new, new_rows)
     causes = list(differing(old, new))
     if difference is None:
@@ -80,50 +81,3 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
                     yield f"package {name} is {after.get(name)}, was {before.get(name)}"
         elif before != after:
             yield f"{group}.{key} is {after}, was {before}"
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict]]:
-    for name in RECORDED:
-        there = (folder / name).is_file()
-        require(there, "RUN", folder, f"a run folder: it holds {', '.join(RECORDED)}")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        result = json.loads((folder / "result.json").read_text())
-        rows = _rows(folder / "rows.jsonl")
-        status, recorded = result["status"], result["run_id"]
-        missing = [key for key in KEYS[""] if key not in config]
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"RUN={folder}: is no record of a run ({reason})") from error
-    require(status == "completed", "RUN", folder, f"a completed run; this one is {status}")
-    require(not missing, "RUN", folder, f"of another version: config.yaml lacks {missing}")
-    for target in _targets(config):
-        require(target in allowed_targets(), "_target_", target, "a class of peftlab's own conf/")
-    require(run_id(config) == recorded, "RUN", folder, "config.yaml is not that of result.json")
-    # The result is not to depend on where it goes, but does on how many threads add it up.
-    config["tracking"] = {"_target_": "peftlab.tracking.NoTracker"}
-    config["threads"] = result["provenance"]["threads"]
-    return config, result, rows
-
-
-def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def allowed_targets() -> set[str]:
-    """Return what a recorded config may construct: the `_target_`s of our own conf/."""
-    files = (HOME / "conf").rglob("*.yaml")
-    return {target for file in files for target in _targets(yaml.safe_load(file.read_text()))}
-
-
-def _targets(node: Any) -> Iterator[str]:
-    """Yield the values of all keys `_target_`, however deep."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "_target_":
-                yield str(value)
-            else:
-                yield from _targets(value)
-    elif isinstance(node, list):
-        for item in node:
-            yield from _targets(item)

@@ -12,47 +12,36 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from peftlab.backbone import Backbone, load_backbone
-from peftlab.base import base_losses
-from peftlab.bits import Tally
 from peftlab.checkpoint import load_state, save_adapter, save_state
-from peftlab.compiled import compile_blocks, plain_blocks, worth_it
+from peftlab.compiled import plain_blocks
 from peftlab.config import check, method_name, run_id
-from peftlab.data import Batch, Data, load_data, pad
+from peftlab.data import Data, pad
 from peftlab.errors import InputError, require
-from peftlab.files import write_atomic
-from peftlab.fit import Diverged, Progress, Row, Stopped, fit
+from peftlab.files import remove_unfinished, write_atomic
+from peftlab.fit import Diverged, Progress, Stopped
 from peftlab.memory import peak_bytes, reset_peak
 from peftlab.merging import merge_check
-from peftlab.method import Method, trainable
-from peftlab.optim import NetOptimizer, in_backward, schedule
+from peftlab.method import trainable
+from peftlab.parts import NOT_ARGUMENTS, Parts, assemble, construct
 from peftlab.provenance import provenance
 from peftlab.show import Show, warn
 from peftlab.signals import listening
-from peftlab.sites import find_sites, kinds_of
 from peftlab.tracking import Tracker
 from peftlab.trial import Interrupted, Pruned, current_trial, due
 from peftlab.warm import Shelf
 
 SCHEMA = 1
 SHELF = Shelf()  # of this process
-THREADS = torch.get_num_threads()  # of this process, before any run has set them
+FILES = ("config.yaml", "rows.jsonl", "adapter.safetensors", "result.json")
 MERGE_ROWS = 4  # of the test split, compared before and after the merge, in float32
-NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
-SCHEDULE = ("schedule", "warmup", "clip")  # keys of conf/optimizer that are for the run
 HANDOVER_S = 1800.0  # that a trial's job waits for an earlier job of it
 
 
@@ -76,7 +65,7 @@ def run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> d
 
 def _run(config: Mapping, folder: Path, *, trial: int | None, job_type: str) -> dict:
     started = time.perf_counter()
-    tracker = _instantiate("tracking", config["tracking"])
+    tracker = construct("tracking", config["tracking"])
     if job_type == "sweep":  # the next run of this process may want the same backbone
         parts = assemble(config, load=SHELF.load)
         try:
@@ -102,6 +91,8 @@ def _train(
         _same_run(header["run_id"], config, folder)
         n_rows = header["rows"]
         warn(f"going on from step {progress.step} of {parts.total_steps}")
+    for name in FILES:
+        remove_unfinished(folder / name)
     _cut_rows(rows, n_rows)
     result = _facts(config, parts, trial)
     tracker.start(
@@ -174,132 +165,6 @@ def _train(
     return result
 
 
-@dataclass
-class Parts:
-    """What a config composes: everything built, nothing trained, nothing written."""
-
-    config: Mapping
-    backbone: Backbone
-    data: Data
-    base: tuple[Tally, Tally]  # of the bare backbone on train and test split
-    method: Method
-    optimizer: torch.optim.Optimizer
-    total_steps: int
-    compiled: bool
-
-    @property
-    def net(self) -> PreTrainedModel:
-        """The backbone with the method attached."""
-        return self.backbone.net
-
-    def fit(self, progress: Progress, stop: Callable[[], bool]) -> Iterator[Row]:
-        """Train from `progress`; see `peftlab.fit.fit`."""
-        optimizer = self.config["optimizer"]
-        factor = schedule(optimizer["schedule"], warmup=optimizer["warmup"], steps=self.total_steps)
-        return fit(
-            self.net,
-            self.data,
-            self.optimizer,
-            factor,
-            progress,
-            base=self.base,
-            loss=self.backbone.compiled_loss if self.compiled else self.backbone.loss,
-            epochs=self.config["epochs"],
-            clip=optimizer["clip"],
-            autocast=self.config["precision"] == "bf16",
-            stop=stop,
-        )
-
-
-def assemble(config: Mapping, load: Callable[..., Backbone] = load_backbone) -> Parts:
-    """Build all parts of a run, the backbone by `load`.
-
-    Raises: InputError for whatever in the config does not fit.
-    """
-    torch.set_num_threads(config["threads"] or THREADS)
-    # A wrong setting is told before anything is loaded; one tensor random, one 0, as in a pair.
-    pair = [nn.Parameter(f(2, 2)) for f in (torch.ones, torch.zeros)]
-    _check_in_backward(config, build_optimizer(config["optimizer"], pair))
-    block = config["dataset"]["block_length"]
-    backbone = load(config["model"], precision=config["precision"], block_length=block)
-    data = load_data(
-        config["dataset"],
-        tokenizer=backbone.tokenizer,
-        tokenizer_id=backbone.tokenizer_id(),
-        seed=config["seed"],
-        batch=config["batch"],
-        micro_batch=config["micro_batch"],
-    )
-    torch.manual_seed(config["seed"])  # of the method's initial tensors and of dropout
-    method = build_method(config["method"], backbone.net, backbone.kinds)
-    autocast = config["precision"] == "bf16"
-    base = base_losses(backbone, data, autocast=autocast)
-    method.read(backbone.encode)
-    method.attach(backbone.net)
-    prepare(method, backbone, data, autocast=autocast)
-    params = [p for _, p in trainable(backbone.net)]
-    optimizer = build_optimizer(config["optimizer"], params)
-    if isinstance(optimizer, NetOptimizer):
-        optimizer.attach(backbone.net)
-    compiled = config["compile"]
-    if compiled == "auto":
-        n_tokens = sum(len(example.ids) for example in data.train.examples) * config["epochs"]
-        compiled = worth_it(backbone.total_params, n_tokens)
-    if compiled:
-        warn("compiling the decoder blocks at the next steps")
-        compile_blocks(backbone.net)
-    steps = data.n_steps * config["epochs"]
-    return Parts(config, backbone, data, base, method, optimizer, steps, compiled)
-
-
-def prepare(method: Method, backbone: Backbone, data: Data, *, autocast: bool) -> None:
-    """Let the attached method look at the training data, in the precision of the run."""
-    device = next(backbone.net.parameters()).device
-
-    def nats(batch: Batch) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return backbone.loss(backbone.net, batch.to(device))
-
-    method.prepare(nats, data.batches(data.train))
-
-
-def build_method(method: Mapping, net: PreTrainedModel, kinds: Mapping | None) -> Method:
-    """Find the sites and construct the method that the config group `method` describes.
-
-    kinds: model.kinds.
-    """
-    sites = find_sites(net, kinds_of(net.config.model_type, kinds), method["sites"])
-    arguments = {key: value for key, value in method.items() if key not in NOT_ARGUMENTS}
-    return _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
-
-
-def _check_in_backward(config: Mapping, optimizer: torch.optim.Optimizer) -> None:
-    """Require what an update within backward needs: gradients that are whole, one at a time."""
-    if in_backward(optimizer):
-        clip, micro, batch = config["optimizer"]["clip"], config["micro_batch"], config["batch"]
-        why = "this optimizer updates within backward"
-        require(clip is None, "optimizer.clip", clip, f"null, as {why}")
-        require(micro == batch, "micro_batch", micro, f"batch ({batch}), as {why}")
-
-
-def build_optimizer(optimizer: Mapping, params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Construct the optimizer that the config group `optimizer` describes, over `params`."""
-    arguments = {key: value for key, value in optimizer.items() if key not in SCHEDULE}
-    return _instantiate("optimizer", arguments, params=list(params))
-
-
-def _instantiate(group: str, node: Mapping, **objects: object):
-    """Call node's `_target_`; what it refuses becomes one line that names the group."""
-    try:
-        # partial: Hydra would copy, or resolve, objects given to the call itself
-        return instantiate(dict(node), _partial_=True, _convert_="all")(**objects)
-    except InputError:
-        raise
-    except (InstantiationException, TypeError, ValueError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{group}={node['_target_']}: {reason}") from error
-
-
 @contextmanager
 def _alone(folder: Path, *, wait_s: float) -> Iterator[None]:
     """Hold the run folder: two processes never work in it at once, and a dead one holds nothing.
@@ -329,9 +194,13 @@ def _finished(config: Mapping, folder: Path) -> dict | None:
     path = folder / "result.json"
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
-    _same_run(result["run_id"], config, folder)
-    return result if result["status"] == "completed" else None
+    try:
+        result = json.loads(path.read_text())
+        found, status = result["run_id"], result["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no result of a run ({error!r:.80}); remove it") from error
+    _same_run(found, config, folder)
+    return result if status == "completed" else None
 
 
 def _same_run(found: str, config: Mapping, folder: Path) -> None:
@@ -345,8 +214,12 @@ def _same_run(found: str, config: Mapping, folder: Path) -> None:
 
 def _cut_rows(path: Path, n_rows: int) -> None:
     """Cut rows.jsonl back to the rows that the checkpoint knows; a kill may have torn the last."""
-    if path.exists():
-        write_atomic(path, "".join(path.read_text().splitlines(keepends=True)[:n_rows]))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lost = f"{path}: lacks rows that the checkpoint beside it counts; remove the folder"
+    if len(lines) < n_rows:
+        raise InputError(lost)
+    if lines:
+        write_atomic(path, "".join(lines[:n_rows]))
 
 
 def _write_result(folder: Path, result: Mapping) -> None:
@@ -419,6 +292,8 @@ def _cost(progress: Progress, parts: Parts, peak: int) -> dict:
         "tokens_per_second": progress.tokens / seconds if seconds else None,
         "peak_memory_bytes": peak,
         "step_flops": progress.flops,
+        "reused_blocks": parts.reuse.n_blocks if parts.reuse else 0,
+        "reuse_seconds": parts.reuse.seconds if parts.reuse else 0.0,  # not among train_seconds
         "trainable_fraction": n_trained / parts.backbone.total_params,
     }
 

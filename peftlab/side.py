@@ -17,6 +17,8 @@ class SideMethod(Method):
     of kind o per decoder block, whose d_out is the hidden width.
     """
 
+    cached = False
+
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__(sites)
         for site in sites:

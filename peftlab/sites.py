@@ -100,7 +100,8 @@ def find_sites(
     words = {"all": list(kinds), "mlp": [kind for kind in kinds if kind in MLP]}
     chosen = words.get(wanted, [wanted]) if isinstance(wanted, str) else wanted
     known = f"all, mlp, or a list out of {', '.join(kinds)}"
-    require(len(chosen) > 0, "method.sites", wanted, known)
+    texts = isinstance(chosen, Sequence) and all(isinstance(kind, str) for kind in chosen)
+    require(texts and len(chosen) > 0, "method.sites", wanted, known)
     parts = _parts(net, kinds, chosen)
     chosen = [kind for kind in chosen if kind not in parts] + [FUSED] * bool(parts)
     for kind in chosen:
@@ -164,7 +165,9 @@ def decoder_blocks(backbone: nn.Module) -> tuple[str, int]:
     lists = [
         name
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and not name.startswith("peft.")  # an attached method's own
     ]
     outermost = [a for a in lists if not any(a.startswith(f"{b}.") for b in lists)]
     require(

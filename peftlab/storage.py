@@ -4,22 +4,30 @@ It is the only channel between a sweeper and its trials, wherever these run.
 """
 
 import functools
+import logging
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy import NullPool, create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from peftlab.errors import InputError
 
 TABLES = 20261122  # number of the lock under which Optuna's tables are made
 KINDS = "journal:FILE, sqlite:///FILE or postgresql://..."
+PATIENCE_S = 600.0  # that a database which answered before may be away
+RETRY_S = 1.0
+logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -39,6 +47,69 @@ class KernelLock(BaseJournalFileLock):
         self.lock.release()
 
 
+class JournalFile(JournalFileBackend):
+    """A journal whose records are whole, also after a disk was full in the middle of one."""
+
+    def __init__(self, path: Path, lock: KernelLock) -> None:
+        self.path, self.kernel_lock = path, lock
+        super().__init__(str(path), lock_obj=lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append records. Raises: OSError, and then none of them is there."""
+        with self.kernel_lock.lock:
+            _cut_torn_line(self.path)  # by a writer that was killed meanwhile
+            size = self.path.stat().st_size
+            try:
+                super().append_logs(logs)
+            except OSError:
+                os.truncate(self.path, size)
+                raise
+
+
+def _patient(method: Callable) -> Callable:
+    """Try a method of a storage again while its database does not answer."""
+
+    @functools.wraps(method)
+    def again(*arguments: Any, **named: Any) -> Any:
+        until = time.monotonic() + PATIENCE_S
+        told = False
+        while True:
+            try:
+                return method(*arguments, **named)
+            except (StorageInternalError, OperationalError) as error:
+                if not _is_away(error) or time.monotonic() > until:
+                    raise
+                if not told:
+                    logger.warning("the study's database is away; waiting up to %g s", PATIENCE_S)
+                    told = True
+                time.sleep(RETRY_S)
+
+    return again
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an error means that the server is not there, or was not during a transaction."""
+    cause = error if isinstance(error, DBAPIError) else error.__cause__
+    if not isinstance(cause, DBAPIError):
+        return False
+    state = getattr(cause.orig, "sqlstate", None)
+    refused = isinstance(cause, OperationalError) and state is None  # before there is a session
+    return cause.connection_invalidated or refused or str(state).startswith(("08", "57P"))
+
+
+class PatientStorage(RDBStorage):
+    """A database that may be restarted while a sweep goes on: what it has refused is asked again.
+
+    A transaction that was cut off has left nothing behind, so that it can be repeated.
+    """
+
+
+INNER = ("_create_new_trial", "_get_trials")  # that Optuna's cache in front of it calls
+for _name, _method in vars(RDBStorage).items():
+    if callable(_method) and (_name in INNER or not _name.startswith("_")):
+        setattr(PatientStorage, _name, _patient(_method))
+
+
 def open_storage(url: str, folder: Path) -> BaseStorage:
     """Open the storage `url`; a relative file lies in `folder`. Within a process, always the same.
 
@@ -56,10 +127,13 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     except ImportError as error:
         extra = "needs the extra of its name: pip install 'peftlab[postgresql]'"
         raise InputError(f"hydra.sweeper.storage: {kind} {extra}") from error
+    except InputError:
+        raise
     except ValueError as error:  # it names a part of the URL, which may be the password's
         form = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
         raise InputError(f"hydra.sweeper.storage: not of the form {form}") from error
-    except (OSError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+    except (OSError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        # RuntimeError: tables of another version of Optuna
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise InputError(f"hydra.sweeper.storage: {kind} cannot be opened ({reason})") from error
     raise InputError(f"hydra.sweeper.storage={kind}:...: {KINDS}")
@@ -71,7 +145,11 @@ def _journal(path: Path) -> BaseStorage:
     lock = KernelLock(path.with_name(f".{path.name}.lock"))
     with lock.lock:
         _cut_torn_line(path)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    try:
+        return JournalStorage(JournalFile(path, lock))
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        what = f"{path} is damaged, or of another version of Optuna ({error!r:.80})"
+        raise InputError(f"hydra.sweeper.storage: journal {what}") from error
 
 
 @functools.cache
@@ -87,15 +165,18 @@ def _postgresql(url: str) -> BaseStorage:
     with create_engine(url, connect_args=wait, poolclass=NullPool).begin() as connection:
         # sweepers may start at once, and one has to make the tables before the others look
         connection.execute(text(f"SELECT pg_advisory_xact_lock({TABLES})"))
-        return RDBStorage(url, engine_kwargs={"connect_args": wait})
+        # pre_ping: a connection that the server has dropped is replaced before it is used
+        kept = {"connect_args": wait, "pool_pre_ping": True}
+        return PatientStorage(url, engine_kwargs=kept)
 
 
 def _cut_torn_line(path: Path) -> None:
     """Drop what a crash of the machine left of the last record; only whole lines count."""
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
             os.fsync(file.fileno())

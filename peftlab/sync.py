@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peftlab.errors import InputError, require
-from peftlab.tracking import answers, key_is_set, server
+from peftlab.tracking import answers, key_is_set, server, without_user
 
 BATCH = 20  # runs per `wandb sync`, which takes 1 s to start
 BATCH_TIMEOUT_S = 600  # a server that stops answering would hold it up for ever
@@ -65,7 +65,7 @@ def _is_uploaded(record: Path) -> bool:
 def _upload(records: Sequence[Path]) -> None:
     """Run `wandb sync`. What it did shows in its markers only: it exits with 0 in any case."""
     if not answers(server(), ANSWER_TIMEOUT_S):
-        print(f"{server()} does not answer", file=sys.stderr)
+        print(f"{without_user(server())} does not answer", file=sys.stderr)
         return
     for record in records:
         _marker(record).unlink(missing_ok=True)

@@ -14,10 +14,11 @@ import os
 import shutil
 import ssl
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from urllib.request import urlopen
 
 from peftlab.config import number
@@ -221,7 +222,7 @@ class WandbTracker:
     def _reachable_mode(self) -> str:
         # Asked first, because W&B itself tries a refused connection again until its time is up.
         if self.mode == "online" and not answers(server(), self.init_timeout):
-            _warn_offline(f"{server()} does not answer")
+            _warn_offline(f"{without_user(server())} does not answer")
             return "offline"
         return self.mode
 
@@ -276,16 +277,27 @@ def key_is_set() -> bool:
 
 
 def answers(url: str, seconds: float) -> bool:
-    """Whether anything speaks HTTP at `url` within `seconds`; an error page is an answer."""
+    """Whether anything speaks HTTP at `url` within `seconds`; an error page is an answer.
+
+    Raises: InputError if that is no address at all.
+    """
+    plain = without_user(url)
+    require(urlsplit(plain).scheme in ("http", "https"), "WANDB_BASE_URL", plain, "https://...")
     try:
-        urlopen(url, timeout=seconds).close()
+        urlopen(plain, timeout=seconds).close()
     except HTTPError:
         return True
     except URLError as error:
         return isinstance(error.reason, ssl.SSLError)  # W&B has its own settings for certificates
-    except OSError:
+    except (OSError, HTTPException):
         return False
     return True
+
+
+def without_user(url: str) -> str:
+    """Return an address without the name and password that it may hold."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _mode(mode: str) -> str:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftlab.config import HOME, OBJECTIVES, refusal, register_resolvers, resolve
-from peftlab.errors import InputError
+from peftlab.errors import InputError, require
 from peftlab.trial import Pruned
 
 CONF = str(HOME / "conf")
@@ -38,6 +38,8 @@ def train(overrides: list[str]) -> int:
     shows = next((w for w in others if w.split("=")[0] in ("--cfg", "-c", "--info", "-i")), None)
     if multirun and shows:
         raise InputError(f"{shows}: shows one config; leave {multirun[0]} out")
+    for word in others:
+        _check_word(word)
     sys.argv = [sys.argv[0], *multirun, *others]  # Hydra reads no flag between two overrides
     with _exceptions_come_out():
         try:
@@ -127,6 +129,20 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     near = difflib.get_close_matches(last, keys, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{given}: no such key{hint}; {parent or 'the config'} has {', '.join(keys)}"
+
+
+def _check_word(word: str) -> None:
+    """Require a key, and for a group the name of a file: Hydra would end in a traceback."""
+    if word.startswith("-") or not _parses(word):
+        return  # it tells itself
+    override = OverridesParser.create().parse_override(word)
+    key = override.key_or_group
+    require(key != "", word, "", "not KEY=VALUE")
+    group = HOME / "conf" / key
+    if override.is_delete() or override.is_sweep_override() or not group.is_dir():
+        return
+    names = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+    require(isinstance(override.value(), str | list), key, override.value(), f"one of {names}")
 
 
 def _parses(word: str) -> bool:

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from peftlab.allocator import keep_memory
+
 ROWS, LENGTH, RANK = 8, 128, 8
 CORES = os.cpu_count() or 1
 GIB = 2**30
@@ -34,6 +36,8 @@ GIB = 2**30
 
 def contend(spec: dict[str, Any]) -> None:
     """Build what `spec` describes, then do a step for each line `go` on stdin; tell its time."""
+    if spec["stack"] == "peftlab":
+        keep_memory()  # as the command does
     import torch
 
     torch.set_num_threads(spec["threads"])
@@ -45,9 +49,10 @@ def contend(spec: dict[str, Any]) -> None:
     print(json.dumps({"first": time.perf_counter() - started}), flush=True)
     for line in sys.stdin:
         if line.strip() == "go":
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             step()
-            print(json.dumps({"step": time.perf_counter() - started}), flush=True)
+            taken = {"step": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+            print(json.dumps(taken), flush=True)
         else:
             status = Path("/proc/self/status").read_text()
             peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
@@ -70,7 +75,7 @@ def _ours(spec: dict[str, Any]):
     from peftlab.config import resolve
     from peftlab.data import Batch
     from peftlab.method import attached, trainable
-    from peftlab.run import build_method, build_optimizer
+    from peftlab.parts import build_method, build_optimizer
     from peftlab.train import CONF
 
     words = [f"method={spec['method']}", f"precision={spec['precision']}", *spec["overrides"]]
@@ -95,11 +100,9 @@ def _ours(spec: dict[str, Any]):
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None, ids[:, 1:].numel())
     autocast = config["precision"] == "bf16"
 
-    loss = backbone.compiled_loss if spec["compile"] else backbone.loss
-
     def nats(batch: Batch):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return loss(net, batch)
+            return backbone.loss(net, batch)
 
     def step() -> None:
         objective, _ = attached(net).objective(nats, nats, batch)
@@ -194,6 +197,7 @@ class Contender:
         )
         self.first = self._read()["first"]
         self.seconds: list[float] = []
+        self.cpu: list[float] = []  # of all threads: what other machines on the host do not touch
         self.peak = 0
 
     def _read(self) -> dict[str, float]:
@@ -211,9 +215,10 @@ class Contender:
 
     def steps(self, n: int) -> float:
         """Do n steps; return their seconds, all in all."""
-        taken = [self._tell("go")["step"] for _ in range(n)]
-        self.seconds += taken
-        return sum(taken)
+        taken = [self._tell("go") for _ in range(n)]
+        self.seconds += [step["step"] for step in taken]
+        self.cpu += [step["cpu"] for step in taken]
+        return sum(step["step"] for step in taken)
 
     @property
     def tokens(self) -> int:
@@ -263,18 +268,21 @@ def steps(rounds: int) -> dict[str, Any]:
     plain = Contender("peftlab, bf16")
     fast = Contender("peftlab, bf16, compile", compile=True)
     ours32 = Contender("peftlab, fp32", precision="fp32")
+    fast32 = Contender("peftlab, fp32, compile", precision="fp32", compile=True)
     limit = Contender("matmuls alone, bf16", stack="matmul")
-    everyone = [fp32, bf16, plain, fast, ours32, limit]
+    everyone = [fp32, bf16, plain, fast, ours32, fast32, limit]
     alternate(everyone, rounds)
     print(
-        "| contender | s/step | spread | tokens/s | x HF fp32 | x HF bf16 | of limit | peak GiB |"
+        "| contender | s/step | spread | CPU s | tokens/s | x HF fp32 | x HF bf16 | of limit "
+        "| peak GiB |"
     )
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for c in everyone:
         cells = [
             c.label,
             f"{statistics.median(c.seconds):.2f}",
             f"{min(c.seconds):.2f}..{max(c.seconds):.2f}",
+            f"{statistics.median(c.cpu):.2f}",
             f"{c.speed:,.0f}",
             f"{c.speed / fp32.speed:.2f}",
             f"{c.speed / bf16.speed:.2f}",
@@ -284,8 +292,8 @@ def steps(rounds: int) -> dict[str, Any]:
         print("|", " | ".join(cells), "|", flush=True)
 
     print("\n## Two processes with one thread each\n")
-    print("| contenders | tokens/s together | x HF fp32, one process, 2 threads |")
-    print("| --- | ---: | ---: |")
+    print("| contenders | tokens/s together | x HF fp32, one process, 2 threads | x 2 HF bf16 |")
+    print("| --- | ---: | ---: | ---: |")
     together = {}
     for label, spec in {
         "2 x HF peft, bf16 autocast": {"stack": "peft"},
@@ -294,10 +302,12 @@ def steps(rounds: int) -> dict[str, Any]:
     }.items():
         together[label], _ = side_by_side([spec | {"threads": 1}] * 2, 4)
         print(
-            f"| {label} | {together[label]:,.0f} | {together[label] / fp32.speed:.2f} |", flush=True
+            f"| {label} | {together[label]:,.0f} | {together[label] / fp32.speed:.2f} "
+            f"| {together[label] / next(iter(together.values())):.2f} |",
+            flush=True,
         )
     return {
-        "steps": {c.label: {"seconds": c.seconds, "peak": c.peak} for c in everyone},
+        "steps": {c.label: {"seconds": c.seconds, "cpu": c.cpu, "peak": c.peak} for c in everyone},
         "side by side": together,
     }
 

@@ -16,13 +16,15 @@ import yaml
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from peftlab.__main__ import main
 from peftlab.backbone import conv1d_to_linear
 from peftlab.cards import method_names
 from peftlab.config import HOME, resolve
 from peftlab.data import Batch
 from peftlab.fit import nats_of
 from peftlab.method import Method
-from peftlab.run import NOT_ARGUMENTS, _instantiate
+from peftlab.parts import NOT_ARGUMENTS, construct
+from peftlab.run import run
 from peftlab.sites import FAMILIES, find_sites
 from peftlab.train import CONF
 
@@ -92,7 +94,7 @@ def make(name: str, net: nn.Module, **changes: object) -> Any:
     torch.manual_seed(3)
     sites = find_sites(net, FAMILIES[net.config.model_type], method["sites"])
     arguments = {k: v for k, v in method.items() if k not in NOT_ARGUMENTS}
-    built = _instantiate("method", {"_target_": method["_target_"], **arguments}, sites=sites)
+    built = construct("method", {"_target_": method["_target_"], **arguments}, sites=sites)
     return built.eval()  # as the backbones are
 
 
@@ -175,3 +177,64 @@ def compose(rows_file: Path):
             return resolve(hydra.compose("config", [*small, *overrides]))
 
     return make_config
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows, runs and cache of `finished`."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = ROWS[::2]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(session_folder: Path):
+    """finished("method=lora", ...) is the folder of a run of one epoch, made once per session."""
+
+    def make_run(*overrides: str) -> Path:
+        folder = session_folder / "runs" / "-".join(overrides).replace("=", "_")
+        if (folder / "result.json").exists():
+            return folder
+        small = ["model=tiny_gpt2", "dataset=local", f"dataset.path={session_folder}/rows.jsonl"]
+        small += ["dataset.test_size=4", "tracking=none", "precision=fp32", "threads=1"]
+        small += ["batch=4", "epochs=1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PEFTLAB_CACHE", str(session_folder / "cache"))
+            with hydra.initialize_config_dir(CONF, version_base="1.3"):
+                config = resolve(hydra.compose("config", [*small, *overrides]))
+            assert run(config, folder, trial=None, job_type="train")["status"] == "completed"
+        return folder
+
+    return make_run
+
+
+@pytest.fixture
+def ask(session_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """ask(question, run, ...) is the answer of `peftlab analyze`, read back; rows are dicts."""
+    monkeypatch.setenv("PEFTLAB_CACHE", str(session_folder / "cache"))
+
+    def ask_main(*words: object) -> dict:
+        file = tmp_path / "answer.json"
+        assert main(["analyze", *map(str, words), "-o", str(file)]) == 0
+        answer = json.loads(file.read_text())
+        heads = [" ".join(filter(None, column.values())) for column in answer["columns"]]
+        answer["rows"] = [dict(zip(heads, row, strict=True)) for row in answer["rows"]]
+        return answer
+
+    return ask_main
+
+
+@pytest.fixture
+def refused(session_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """refused(word, ...) is the one line in which `peftlab analyze` refuses."""
+    monkeypatch.setenv("PEFTLAB_CACHE", str(session_folder / "cache"))
+
+    def refuse(*words: object) -> str:
+        capsys.readouterr()
+        assert main(["analyze", *map(str, words)]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("peftlab: ")
+        return line
+
+    return refuse

@@ -11,7 +11,7 @@ from peftlab.backbone import load_backbone
 from peftlab.config import HOME
 from peftlab.errors import InputError
 from peftlab.method import trainable
-from peftlab.run import build_method
+from peftlab.parts import build_method
 
 MODEL = {"source": "bundled", "path": "tiny_gpt2", "sha256": None, "kinds": None}
 

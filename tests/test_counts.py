@@ -13,7 +13,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 
 from peftlab.cards import card
 from peftlab.method import trainable
-from peftlab.run import NOT_ARGUMENTS
+from peftlab.parts import NOT_ARGUMENTS
 from peftlab.sites import FAMILIES, find_sites
 
 

@@ -6,7 +6,10 @@ import yaml
 from conftest import NETS, attach, defaults, make
 
 from peftlab.config import HOME
-from peftlab.estimate import estimate
+from peftlab.data import Batch
+from peftlab.estimate import estimate, step_flops
+from peftlab.fit import nats_of
+from peftlab.flops import FlopCounter
 from peftlab.method import trainable
 
 ROWS, LENGTH = 2, 12
@@ -77,3 +80,17 @@ def test_updates_within_backward_hold_one_gradient():
     assert whole.peak == whole.frozen + whole.trained + whole.optimizer + max(
         whole.activations + whole.loss, whole.gradients
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "top_layers", "ladder"])
+@pytest.mark.parametrize("kind", NETS)
+def test_operations_are_those_of_a_real_step(kind, method):
+    net = NETS[kind]()
+    where = {"rows": ROWS, "length": LENGTH, "precision": "fp32"}
+    counted = step_flops(net.config, defaults(method), optimizer("adamw"), **where)
+    attach(make(method, net), net)
+    net.train()
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+    with FlopCounter() as real:
+        nats_of(net, Batch(ids, ids, None, ids.numel())).backward()
+    assert counted == real.total > 0

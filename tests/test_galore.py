@@ -14,7 +14,8 @@ from torch import nn
 
 from peftlab.errors import InputError
 from peftlab.galore import SIDES, GaLore, projectors
-from peftlab.run import Halted, assemble
+from peftlab.parts import assemble
+from peftlab.run import Halted
 
 SETTINGS: dict[str, Any] = {
     "lr": 0.1,

@@ -15,7 +15,7 @@ from peftlab.budget import model_sizes
 from peftlab.cards import card
 from peftlab.checkpoint import adapter_tensors, load_adapter, save_adapter
 from peftlab.method import NotMergeable, WeightMethod, trainable
-from peftlab.run import NOT_ARGUMENTS
+from peftlab.parts import NOT_ARGUMENTS
 from peftlab.sites import FAMILIES, find_sites
 
 

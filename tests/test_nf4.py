@@ -28,7 +28,8 @@ from peftlab.nf4 import (
     restore_,
     unpack,
 )
-from peftlab.run import assemble, run
+from peftlab.parts import assemble
+from peftlab.run import run
 from peftlab.sites import FAMILIES, find_sites
 
 CPU = torch.device("cpu")

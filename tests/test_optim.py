@@ -11,7 +11,7 @@ from conftest import make, tiny_llama
 from peftlab.errors import InputError
 from peftlab.method import trainable
 from peftlab.optim import lora_plus, schedule
-from peftlab.run import build_optimizer
+from peftlab.parts import build_optimizer
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from peftlab.backbone import conv1d_to_linear
 from peftlab.data import Batch
 from peftlab.errors import InputError
 from peftlab.fit import nats_of
-from peftlab.method import SiteMethod, Stack
+from peftlab.method import SiteMethod
 from peftlab.prompts import Prefix, PrefixMethod, PromptMethod, attend, attend_fused
 from peftlab.sites import FAMILIES, find_sites
+from peftlab.stack import Stack
 
 SIZES = dict(
     vocab_size=VOCABULARY,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from peftlab.__main__ import main
-from peftlab.reproduce import allowed_targets
+from peftlab.recorded import allowed_targets
 from peftlab.run import run
 
 METHODS = (

@@ -19,7 +19,8 @@ from peftlab.config import HOME, run_id
 from peftlab.errors import InputError
 from peftlab.files import sha256_of
 from peftlab.method import trainable
-from peftlab.run import Halted, assemble, run
+from peftlab.parts import assemble
+from peftlab.run import Halted, run
 from peftlab.tracking import NoTracker
 
 MODEL = HOME / "peftlab" / "assets" / "tiny_gpt2"

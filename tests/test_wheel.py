@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -43,6 +44,25 @@ def test_contents(wheel):
     extra = {name for name in names - shipped if ".dist-info/" not in name}
     assert extra == set()
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_contents_of_the_source_archive(wheel):
+    """All that is needed to build, read and test it; nothing of an editor, a cache or a run."""
+    (path,) = wheel.parent.glob("peftlab-*.tar.gz")
+    with tarfile.open(path) as archive:
+        members = [member for member in archive.getmembers() if not member.isdir()]
+    assert all(member.isreg() for member in members)  # no links
+    top = path.name.removesuffix(".tar.gz")
+    names = {member.name.removeprefix(f"{top}/") for member in members}
+    folders = ("peftlab", "hydra_plugins", "conf", "sweeps", "scripts", "docs", "tests")
+    expected = {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    expected |= {
+        str(file.relative_to(HOME))
+        for folder in folders
+        for file in (HOME / folder).rglob("*")
+        if file.is_file() and not {"__pycache__", ".pytest_cache"} & set(file.parts)
+    }
+    assert names == expected
 
 
 def test_works_outside_the_repository(wheel, tmp_path):

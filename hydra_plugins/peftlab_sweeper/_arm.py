@@ -25,7 +25,7 @@ from hydra_plugins.peftlab_sweeper._results import confirmed, ranking, write_res
 from hydra_plugins.peftlab_sweeper._samplers import Suggester
 from hydra_plugins.peftlab_sweeper._space import Point, read_space
 from hydra_plugins.peftlab_sweeper._study import FINISHED, Book, directions_of
-from peftlab.config import NOT_IDENTITY, at_least
+from peftlab.config import NOT_IDENTITY, at_least, check_name
 from peftlab.errors import InputError, require
 from peftlab.pruning import check_pruner
 from peftlab.storage import open_storage
@@ -56,6 +56,9 @@ class Arm:
             OmegaConf.update(config, "hydra.sweeper.arms", None)
         self.config = config
         self.settings = settings = config.hydra.sweeper
+        study = OmegaConf.select(config, "study")  # the sweep's folder is named after it
+        for part in () if study is None else str(study).split("/"):
+            check_name("study", part)
         self.folder = Path(config.hydra.sweep.dir)
         self.cwd = Path(self.master.hydra.runtime.cwd)
         _check(settings)
@@ -85,6 +88,8 @@ class Arm:
         book = Book(storage, study_name(self.settings), self.directions, self.folder)
         self.book = stack.enter_context(book)
         book.agree(self.space, self.facts)
+        failed = self.book.trials(TrialState.FAIL)
+        self.suggester.again = {t.number for t in failed if not t.user_attrs.get("refused")}
 
     def close(self) -> dict[str, Any]:
         """Set aside what has not ended; write and return the results."""
@@ -183,7 +188,7 @@ class Arm:
         refused = isinstance(error, InputError)  # it would be refused again
         if attempt <= self.settings.retries and not refused and not stopping:
             return f"again ({reason})"
-        self.book.fail(number, reason)
+        self.book.fail(number, reason, refused=refused)
         self.failures.append(error)
         if refused and not self.book.trials(*FINISHED):
             self.error = error  # the input is wrong, not this point

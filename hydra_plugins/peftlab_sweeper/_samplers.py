@@ -56,6 +56,9 @@ class Suggester:
     seed: int | None
     enqueue: Sequence[Point]
     directions: Sequence[StudyDirection]
+    # Trials that failed in an earlier session, by no fault of their point: a disk was full, say.
+    # What was asked for by name, in a grid or enqueued, is tried again.
+    again: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings():
@@ -73,8 +76,9 @@ class Suggester:
 
     def _next(self, study: Study) -> Suggestion | None:
         trials = study.get_trials(deepcopy=False)
-        tried = {identity(trial.params) for trial in trials}
-        attempted = {trial.user_attrs.get("enqueued") for trial in trials}
+        counted = [trial for trial in trials if trial.number not in self.again]
+        tried = {identity(trial.params) for trial in counted}
+        attempted = {trial.user_attrs.get("enqueued") for trial in counted}
         for entry in self.enqueue:
             if identity(entry) not in attempted:
                 whole = self.space.contains(entry)
@@ -86,7 +90,7 @@ class Suggester:
             left = (p for p in self.space.grid() if identity(p) not in tried)
             point = next(left, None)
             return None if point is None else Suggestion(point)
-        return self._draw(study, trials, tried, None)
+        return self._draw(study, trials, {identity(trial.params) for trial in trials}, None)
 
     def _draw(
         self, study: Study, trials: Sequence[FrozenTrial], tried: set[str], entry: Point | None

@@ -25,6 +25,7 @@ from hydra_plugins.peftlab_sweeper._samplers import Suggestion
 from hydra_plugins.peftlab_sweeper._space import Space
 from peftlab.errors import InputError
 
+VERSION = 1  # of what is kept with a study, and of what its trials' parameters mean
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
 
@@ -84,8 +85,14 @@ class Book:
 
         config: flat, without what may change. Raises: InputError that names the difference.
         """
-        now = {"space": space.record(), "config": dict(config)}
+        now = {"version": VERSION, "space": space.record(), "config": dict(config)}
         before = self.study.user_attrs
+        if self.trials() and before.get("version") != VERSION:
+            found = f"version {before['version']}" if "version" in before else "another program"
+            raise InputError(
+                f"hydra.sweeper.study_name={self.study.study_name}: its trials are of {found}, "
+                f"this is version {VERSION}; give this study another name"
+            )
         if "space" not in before or all(t.state == TrialState.FAIL for t in self.trials()):
             for key, value in now.items():
                 self.study.set_user_attr(key, value)
@@ -176,9 +183,11 @@ class Book:
         self.storage.set_trial_user_attr(self._id(number), "without_value", True)
         self.study.tell(number, state=TrialState.PRUNED)
 
-    def fail(self, number: int, reason: str) -> None:
-        """End a trial that failed for good."""
+    def fail(self, number: int, reason: str, *, refused: bool) -> None:
+        """End a trial that failed for good. refused: its point would fail again, at any time."""
         self.storage.set_trial_user_attr(self._id(number), "error", reason)
+        if refused:
+            self.storage.set_trial_user_attr(self._id(number), "refused", True)
         self.study.tell(number, state=TrialState.FAIL)
 
     def interrupt(self, number: int) -> bool:

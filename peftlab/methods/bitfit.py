@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from peftlab.errors import require
-from peftlab.method import SelectMethod, check_switch
+from peftlab.method import check_switch
 from peftlab.methods.layernorm import norms as norms_of
+from peftlab.selected import SelectMethod
 from peftlab.sites import Site
 
 

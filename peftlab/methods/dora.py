@@ -16,6 +16,7 @@ from peftlab.method import (
     full_precision,
     kaiming,
 )
+from peftlab.peft_form import PeftForm, lora_form
 from peftlab.sites import Site
 
 
@@ -85,3 +86,8 @@ class DoRA(WeightMethod):
         cross = ((W.to(A.dtype) @ A.T) * B).sum(1)
         square = ((B @ (A @ A.T)) * B).sum(1)
         return (t.square + 2 * self.scale * cross + self.scale**2 * square).sqrt()
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LoRA with use_dora: A, s B, m."""
+        factors = [(t.A, self.scale * t.B) for t in self.tensors]
+        return lora_form(self.sites, factors, [t.m for t in self.tensors])

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from peftlab.method import SelectMethod
+from peftlab.selected import SelectMethod
 
 
 class Full(SelectMethod):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peftlab.errors import InputError, require
-from peftlab.method import Method
+from peftlab.method import Method, NotPartial
 from peftlab.nf4 import NF4Linear, dequantize_
+from peftlab.peft_form import PeftForm
 from peftlab.prompts import PromptMethod
 from peftlab.sites import Site
 
@@ -71,7 +73,7 @@ class HfPeft(Method):
         self.config = _config(self.peft, peft_type, args, [site.name for site in sites])
         self.identity = peft_type not in PROMPTS + CACHES
         self.seed = int(torch.randint(2**62, ()))  # of peft's draws, which need the backbone
-        self.wrapped: list[tuple[nn.Module, Any]] = []  # a layer of the backbone, and peft's
+        self.wrapped: list[tuple[str, nn.Module, Any]] = []  # a layer's name, itself, and peft's
         self.kept: list[tuple[dict, Any, str]] = []  # where peft keeps a constant, and our buffer
         self.register_state_dict_post_hook(_each_once)
 
@@ -84,6 +86,7 @@ class HfPeft(Method):
             before = _fingerprints(backbone)
             with _put_back(backbone) as replaced:
                 model = self._build(backbone)
+                vars(self)["model"] = model  # no submodule: it holds the backbone
                 trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
             changed = [n for n, mark in _fingerprints(backbone).items() if mark != before[n]]
             self._require(not changed, f"changes the model's own {changed[:1]}, which is frozen")
@@ -101,10 +104,24 @@ class HfPeft(Method):
 
     def unhook(self, backbone: nn.Module) -> None:
         """Give the backbone's layers their own forward pass back."""
-        for layer, _ in self.wrapped:
+        for _, layer, _ in self.wrapped:
             del vars(layer)["forward"]
         if self.config.is_prompt_learning:
             self.prompt.unhook(backbone)
+
+    @contextmanager
+    def only(self, backbone: nn.Module, on: Callable[[str], bool]) -> Iterator[None]:
+        """Give the other layers their own forward pass back."""
+        if self.config.is_prompt_learning:
+            raise NotPartial(f"{self.peft_type} acts on the model as a whole")
+        off = [(layer, theirs) for name, layer, theirs in self.wrapped if not on(name)]
+        for layer, _ in off:
+            del vars(layer)["forward"]
+        try:
+            yield
+        finally:
+            for layer, theirs in off:
+                vars(layer)["forward"] = theirs.forward
 
     def prepare(self, nats: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> None:
         """Refuse rows that leave a prompt no room. Raises: InputError."""
@@ -117,10 +134,31 @@ class HfPeft(Method):
         if not self.mergeable:
             super().merge(backbone)
         dequantize_(backbone)
-        for layer, theirs in self.wrapped:
+        for _, layer, theirs in self.wrapped:
             theirs.merge()
             layer.load_state_dict(theirs.get_base_layer().state_dict())
         self.detach(backbone)
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """Return what peft itself saves of its model."""
+        with self._inside(backbone):
+            tensors = self.peft.get_peft_model_state_dict(self.model, save_embedding_layers=False)
+        return PeftForm(json.loads(json.dumps(self.config.to_dict(), default=sorted)), tensors)
+
+    @contextmanager
+    def _inside(self, backbone: nn.Module) -> Iterator[None]:
+        """Let peft's layers take the place of the backbone's, as peft has it."""
+        del backbone.peft
+        for name, _, theirs in self.wrapped:
+            theirs._modules["base_layer"] = vars(theirs).pop("base_layer")
+            backbone.set_submodule(name, theirs)
+        try:
+            yield
+        finally:
+            for name, layer, theirs in self.wrapped:
+                vars(theirs)["base_layer"] = theirs._modules.pop("base_layer")
+                backbone.set_submodule(name, layer)
+            backbone.peft = self
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """Give peft the constants that a cast or a move replaced."""
@@ -147,6 +185,7 @@ class HfPeft(Method):
         self.encoder = model.prompt_encoder
         self.prompt = kind(model.get_prompt, self.config.num_virtual_tokens)
         self.prompt.hook(backbone)
+        self.n_positions = self.config.num_virtual_tokens
 
     def _wrap(self, replaced: list[tuple[str, nn.Module, Any]]) -> None:
         """Own peft's layers, without those of the backbone inside, and call them instead."""
@@ -164,7 +203,7 @@ class HfPeft(Method):
             if type(theirs) not in merges:
                 merges[type(theirs)] = _merges(theirs)
             vars(layer)["forward"] = theirs.forward
-            self.wrapped.append((layer, theirs))
+            self.wrapped.append((name, layer, theirs))
         self.mergeable = all(merges.values())
 
     def _keep_constants(self, name: str, theirs: nn.Module) -> None:
@@ -259,7 +298,10 @@ def _put_back(backbone: nn.Module) -> Iterator[list[tuple[str, nn.Module, Any]]]
 
 def _fingerprints(net: nn.Module) -> dict[str, tuple[int, float]]:
     """Tell place and norm of every tensor: neither stays the same where it was written to."""
-    return {name: (p.data_ptr(), p.float().norm().item()) for name, p in net.named_parameters()}
+    return {
+        name: (p.untyped_storage()._cdata, p.float().norm().item())
+        for name, p in net.named_parameters()
+    }
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.method import WeightMethod, full_precision
+from peftlab.peft_form import PeftForm, at
 from peftlab.sites import Site
 
 
@@ -58,6 +59,20 @@ class IA3(WeightMethod):
         if t.on_input:
             return y + F.linear(gain.to(x.dtype) * x, site.weight)
         return y + gain.to(y.dtype) * y
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """IA3; peft scales all rows of a layer: those that are not the site's by 1."""
+        tensors = {}
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            gain = 1 + self.gain(t)
+            tensors[at(site.name, "ia3_l")] = gain[None] if t.on_input else gain[:, None]
+        config = {
+            "peft_type": "IA3",
+            "target_modules": [site.name for site in self.sites],
+            "feedforward_modules": [site.name for site in self.sites if site.kind == "down"],
+            "fan_in_fan_out": False,
+        }
+        return PeftForm(config, tensors)
 
 
 def _scaled(site: Site) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import require
 from peftlab.method import WeightMethod, check_positive, full_precision, normal
+from peftlab.peft_form import PeftForm, kronecker_form
 from peftlab.sites import Site
 from peftlab.sizes import kron_sizes
 
@@ -31,6 +32,10 @@ class Kronecker(WeightMethod):
         X = x.unflatten(-1, (A.shape[1], B.shape[1]))
         Y = F.linear(F.linear(X, B).mT, A).mT  # [..., a_out, d_out / a_out]
         return y + Y.flatten(-2)
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LOKR."""
+        return kronecker_form(self.sites, [self.pair(t) for t in self.tensors])
 
 
 def check_factor(**factors: int) -> None:

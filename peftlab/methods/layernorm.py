@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from peftlab.method import SelectMethod
+from peftlab.peft_form import PeftForm, at
+from peftlab.selected import SelectMethod
 
 
 class LayerNorm(SelectMethod):
@@ -30,6 +31,15 @@ class LayerNorm(SelectMethod):
     def selects(self, name: str, p: nn.Parameter) -> bool:
         """Whether it belongs to a normalisation layer."""
         return name.rpartition(".")[0] in self.norms
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LN_TUNING."""
+        tensors = {
+            at(name, f"ln_tuning_layers.{key}"): tensor
+            for name in self.norms
+            for key, tensor in backbone.get_submodule(name).state_dict().items()
+        }
+        return PeftForm({"peft_type": "LN_TUNING", "target_modules": self.norms}, tensors)
 
 
 def norms(backbone: nn.Module) -> list[str]:

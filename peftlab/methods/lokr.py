@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftlab.method import check_count, check_positive, kaiming
 from peftlab.methods.krona import Kronecker, check_factor
+from peftlab.peft_form import PeftForm, kronecker_form
 from peftlab.sites import Site
 from peftlab.sizes import is_thin, kron_sizes
 
@@ -58,8 +59,17 @@ class LoKr(Kronecker):
 
     def pair(self, t: SimpleNamespace) -> tuple[Tensor, Tensor]:
         """Return (alpha / rank) W1, W2."""
-        W2 = t.W2
-        if is_thin(self.rank, t.o_2, t.i_2):
-            W2a, W2b = W2.split((t.o_2, t.i_2), dim=1)
-            W2 = W2a.T @ W2b
-        return self.scale * t.W1, W2
+        W2 = self.second(t)
+        return self.scale * t.W1, W2 if isinstance(W2, Tensor) else W2[0] @ W2[1]
+
+    def second(self, t: SimpleNamespace) -> Tensor | tuple[Tensor, Tensor]:
+        """Return W2, or W2a and W2b."""
+        if not is_thin(self.rank, t.o_2, t.i_2):
+            return t.W2
+        W2a, W2b = t.W2.split((t.o_2, t.i_2), dim=1)
+        return W2a.T, W2b
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LOKR, with W2a and W2b where W2 is their product."""
+        pairs = [(self.scale * t.W1, self.second(t)) for t in self.tensors]
+        return kronecker_form(self.sites, pairs, self.rank)

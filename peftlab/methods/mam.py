@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from peftlab.errors import require
-from peftlab.method import Stack
 from peftlab.methods.parallel_adapter import ParallelAdapter
 from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.sites import Site
+from peftlab.stack import Stack
 
 
 class MAM(Stack):

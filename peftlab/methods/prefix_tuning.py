@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from peftlab.cached_prefix import cached
 from peftlab.method import check_count, check_positive, kaiming, normal
+from peftlab.peft_form import PeftForm
 from peftlab.prompts import PrefixMethod, drawn_tokens
 from peftlab.sites import Site
 
@@ -45,7 +49,8 @@ class PrefixTuning(PrefixMethod):
         super().__init__(sites)
         check_count(length=length)
         check_positive(std=std)
-        self.length, self.seed = length, torch.initial_seed()  # of the tokens that `hook` draws
+        self.length = self.n_positions = length
+        self.seed = torch.initial_seed()  # of the tokens that `hook` draws
         self.started = False
         if hidden is None:
             self.own("K", lambda s: torch.zeros(length, s.d_kv))
@@ -87,3 +92,7 @@ class PrefixTuning(PrefixMethod):
         self.own("K", lambda s: made[s.name][0])
         self.own("V", lambda s: made[s.name][1])
         self.discard(*MLP)
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """PREFIX_TUNING, where the model's positions are rotations."""
+        return cached(self, cast(PreTrainedModel, backbone))

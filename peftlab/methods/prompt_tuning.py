@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from peftlab.errors import require
 from peftlab.method import check_count, rms
+from peftlab.peft_form import PeftForm, prompt_form
 from peftlab.prompts import PromptMethod, drawn_tokens, repeated
 from peftlab.sites import Site
 
@@ -88,3 +89,7 @@ class PromptTuning(PromptMethod):
     def extend(self, e: Tensor) -> Tensor:
         """E' = [P; E]."""
         return torch.cat([self.P.to(e.dtype).expand(len(e), -1, -1), e], dim=1)
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """PROMPT_TUNING."""
+        return prompt_form(self.P, cast(PreTrainedModel, backbone).config.get_text_config())

@@ -17,6 +17,7 @@ from peftlab.method import (
     full_precision,
     normal,
 )
+from peftlab.peft_form import PeftForm, lora_form
 from peftlab.sites import Site
 
 
@@ -71,3 +72,15 @@ class SimpleDoRA(WeightMethod):
             up = (gain * t.n * self.scale)[:, None] * t.B
         frozen = y if site.bias is None else y - site.bias
         return y + (gain - 1).to(y.dtype) * frozen + F.linear(F.linear(self.drop(x), t.A), up)
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """LoRA with use_dora: its rows have the norms of those of W'.
+
+        W' = diag(m_p / ‖V‖) V by rows, V = W + diag(n) s B A, m_p = beta m ‖V‖.
+        """
+        factors, magnitudes = [], []
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            up = (t.n * self.scale)[:, None] * t.B
+            factors.append((t.A, up))
+            magnitudes.append(self.beta * t.m * (site.module.weight.float() + up @ t.A).norm(dim=1))
+        return lora_form(self.sites, factors, magnitudes)

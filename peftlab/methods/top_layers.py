@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from peftlab.method import SelectMethod, check_count
+from peftlab.method import check_count
 from peftlab.methods.layernorm import norms
+from peftlab.selected import SelectMethod
 from peftlab.sites import Site, decoder_blocks
 
 

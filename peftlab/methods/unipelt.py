@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from peftlab.method import (
     Method,
     SiteMethod,
-    Stack,
     check_positive,
     check_rank,
     full_precision,
@@ -20,6 +19,7 @@ from peftlab.method import (
 from peftlab.methods.pfeiffer import Pfeiffer
 from peftlab.methods.prefix_tuning import PrefixTuning
 from peftlab.sites import Site
+from peftlab.stack import Stack
 
 
 class UniPELT(Stack):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftlab.errors import require
 from peftlab.method import LowRank, constant
+from peftlab.peft_form import PeftForm, at
 from peftlab.sites import Site
 
 
@@ -48,3 +49,18 @@ class VeRA(LowRank):
         """Down = diag(d) A, up = diag(b) B."""
         A, B = self.A[:, : t.d_in], self.B[: t.b.numel()]
         return t.d[:, None] * A, t.b[:, None] * B
+
+    def peft_form(self, backbone: nn.Module) -> PeftForm:
+        """VERA, with the random pair."""
+        tensors: dict[str, Tensor] = {"base_model.vera_A": self.A, "base_model.vera_B": self.B}
+        for site, t in zip(self.sites, self.tensors, strict=True):
+            tensors[at(site.name, "vera_lambda_d")] = t.d
+            tensors[at(site.name, "vera_lambda_b")] = t.b
+        config = {
+            "peft_type": "VERA",
+            "target_modules": [site.name for site in self.sites],
+            "r": len(self.A),
+            "save_projection": True,
+            "fan_in_fan_out": False,
+        }
+        return PeftForm(config, tensors)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftlab.errors import InputError
 from peftlab.files import write_atomic
+from peftlab.report.analyses import Given, given
 from peftlab.report.boards import Board, boards_of
 from peftlab.report.records import read_runs
 from peftlab.report.tables import show, to_csv, to_latex, to_markdown
@@ -29,6 +30,7 @@ def report(
         from peftlab.report.offline import add_wandb  # W&B takes 1.4 s to import
 
         add_wandb(found, wandb)
+    answers = given(found)
     for warning in found.warnings:
         _tell(warning)
     if not found.records:
@@ -45,16 +47,18 @@ def report(
         _write(FORMATS[table](ranked), output)
         return 0
     show(ranked)
-    _write_page(boards, [*apart, *found.warnings], output)
+    _write_page(boards, answers, [*apart, *found.warnings], output)
     return 0
 
 
-def _write_page(boards: Sequence[Board], notes: Sequence[str], output: Path | None) -> None:
+def _write_page(
+    boards: Sequence[Board], answers: Sequence[Given], notes: Sequence[str], output: Path | None
+) -> None:
     """Write the page; without plotly it is only told, unless the page was asked for by name."""
     try:
         from peftlab.report.page import page
 
-        content = page(boards, notes)
+        content = page(boards, answers, notes)
     except ModuleNotFoundError as error:
         if error.name != "plotly":
             raise

@@ -74,7 +74,7 @@ def read_wandb(file: Path) -> Record:
     try:
         result = _result(config, summary, history, about)
         identity = run_id(config)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise BrokenFile(f"no run of peftlab ({error!r})") from error
     inside = file.parent.parent.name == "wandb"
     folder = file.parents[2] if inside else file.parent

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftlab import __version__
+from peftlab.report.analyses import Given
 from peftlab.report.boards import Board, Contender, Setting
 from peftlab.report.curves import curve, rounded
 from peftlab.report.importance import LEAST_TRIALS, importances, studies_of
@@ -23,7 +24,7 @@ from peftlab.report.tables import explained, rows_of
 from peftlab.report.tuning import GOOD, learning_rates, tuning_curve
 
 ASSETS = files("peftlab.report") / "page"
-SCRIPTS = ("state.js", "draw.js", "losses.js", "tuning.js", "run.js", "main.js")
+SCRIPTS = ("state.js", "draw.js", "losses.js", "tuning.js", "run.js", "analyses.js", "main.js")
 DETAIL_BYTES = 1_500_000  # of the page, for curves and configs of single runs; plotly takes 4.8 M
 
 
@@ -42,15 +43,15 @@ class Interned:
         return self._places[text]
 
 
-def page(boards: Sequence[Board], notes: Sequence[str]) -> str:
-    """Return the page. notes: what a reader must know about the whole.
+def page(boards: Sequence[Board], answers: Sequence[Given], notes: Sequence[str]) -> str:
+    """Return the page. answers: to questions on the runs. notes: on the whole, for every reader.
 
     Raises: ModuleNotFoundError without plotly.
     """
     style = (ASSETS / "page.css").read_text()
     scripts = "\n".join((ASSETS / name).read_text() for name in SCRIPTS)
     parts = {"style": style, "plotly": plotly_script(), "script": scripts}
-    parts["data"] = embedded(Payload(boards, notes).content)
+    parts["data"] = embedded(Payload(boards, answers, notes).content)
     before, *rest = (ASSETS / "page.html").read_text().split("{{ ")
     pieces = [before]
     for piece in rest:
@@ -78,7 +79,9 @@ def embedded(content: Any) -> str:
 class Payload:
     """What the page knows; `content` is it, in JSON's types."""
 
-    def __init__(self, boards: Sequence[Board], notes: Sequence[str]) -> None:
+    def __init__(
+        self, boards: Sequence[Board], answers: Sequence[Given], notes: Sequence[str]
+    ) -> None:
         self.numbers: dict[int, int] = {}  # id of a record -> its number on the page
         self.folders, self.keys, self.values = Interned(), Interned(), Interned()
         self.commands = Interned()
@@ -103,7 +106,7 @@ class Payload:
             "good": GOOD,
             "least_trials": LEAST_TRIALS,
             "methods": labels,
-            "boards": [self._board(board) for board in boards],
+            "boards": [self._board(board, answers) for board in boards],
             "runs": {key: [run[key] for run in runs] for key in (runs[0] if runs else {})},
             "details": details,
             "left_out": n_left_out,
@@ -136,8 +139,9 @@ class Payload:
             "in_folder": record.in_folder,
         }
 
-    def _board(self, board: Board) -> dict:
+    def _board(self, board: Board, answers: Sequence[Given]) -> dict:
         base = board.base
+        numbers = {record.run_id: self.numbers[id(record)] for record in board.records}
         return {
             "model": board.model,
             "data": board.data,
@@ -167,6 +171,11 @@ class Payload:
                     "importance": importances(study),
                 }
                 for study in studies_of(board)
+            ],
+            "analyses": [
+                {**given.content, "runs": [numbers[run] for run in given.runs if run in numbers]}
+                for given in answers
+                if any(run in numbers for run in given.runs)
             ],
         }
 

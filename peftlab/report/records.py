@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peftlab.config import NOT_IDENTITY
 from peftlab.errors import require
+from peftlab.untrusted import load_json, load_yaml
 
 STATUSES = ("completed", "diverged", "pruned", "failed")
-# The safe loader that is written in C where PyYAML has it: ten times as fast, as safe.
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Flat keys that do not tell two settings from each other; `seed` tells their runs apart.
 NOT_SETTING = (*NOT_IDENTITY, "seed", "method.search")
 MERGED = {None: "in place", True: "yes", False: "inexact"}  # by merge.ok of what is mergeable
@@ -82,6 +79,7 @@ class Found:
     records: list[Record]
     warnings: list[str]  # one line each, naming the file
     confirmed: dict[Path, dict[int, set[int]]]  # sweep folder -> trial -> seeds that confirm it
+    analyses: list[Path] = field(default_factory=list)  # files that `peftlab analyze` may have left
 
 
 def read_runs(folders: Sequence[Path]) -> Found:
@@ -97,6 +95,8 @@ def read_runs(folders: Sequence[Path]) -> Found:
         if "optimization_results.yaml" in names:
             file = path / "optimization_results.yaml"
             found.confirmed[path.resolve()] = told(found, file, read_confirmed, {})
+        if path.name == "analyses":
+            found.analyses += [path / name for name in sorted(names) if name.endswith(".json")]
         if "result.json" in names and path.resolve() not in seen:
             seen.add(path.resolve())
             record = told(found, path / "result.json", lambda f: _read_run(f, found), None)
@@ -208,8 +208,8 @@ def _get(node: Mapping, key: str, kind: type, otherwise: Any = _REQUIRED) -> Any
     whole = isinstance(value, bool) == (kind is bool)
     if not (isinstance(value, (int, float) if kind is float else kind) and whole):
         raise BrokenFile(f"{key}={value!r:.40}: not of type {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise BrokenFile(f"{key}={value}: not finite")
+    if kind is float and finite(value) is None:
+        raise BrokenFile(f"{key}={value!r:.40}: not finite")
     return value
 
 
@@ -262,13 +262,15 @@ def flatten(node: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def finite(value: Any) -> float | None:
     """Return a number that is finite, else None: a run that diverges may end with another."""
-    fits = isinstance(value, int | float) and math.isfinite(value)
-    return value if fits else None
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer that no float can hold
+        return None
 
 
 def _json(text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except ValueError as error:
         raise BrokenFile(f"not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -278,9 +280,9 @@ def _json(text: str) -> dict:
 
 def _yaml(file: Path) -> dict:
     try:
-        value = yaml.load(file.read_text(), LOADER)
-    except (yaml.YAMLError, ValueError) as error:
-        raise BrokenFile(f"not YAML ({str(error).splitlines()[0]})") from error
+        value = load_yaml(file.read_text())
+    except ValueError as error:
+        raise BrokenFile(f"not YAML ({error})") from error
     if not isinstance(value, dict):
         raise BrokenFile("not a YAML mapping")
     return value

@@ -58,7 +58,14 @@ def field(row: Row, name: str, key: str, where: str) -> str | int | float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         shown = f"{str(value)[:60]!r} ({type(value).__name__})"
         raise InputError(f"{key}: {where} has {name}={shown}; must be text or a number")
+    if isinstance(value, str) and not is_text(value):
+        raise InputError(f"{key}: {where} has half a character (a surrogate) in {name}")
     return value
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can tell halves of characters, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def refuse(dataset: Mapping[str, Any], *keys: str) -> None:

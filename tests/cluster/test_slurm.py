@@ -6,15 +6,12 @@ Each process of the test run starts a Slurm and a PostgreSQL of its own, if it c
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +22,7 @@ import torch
 from conftest import ROWS
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from postgresql_server import free_ports, need, running
 from safetensors.torch import load_file
 from slow import STEP
 
@@ -41,22 +39,6 @@ GRID = "hydra/sweeper/sampler=grid"
 RUN = ("method=lora", "epochs=4")
 STEPS = 24  # of such a run on 24 rows
 RATES = ("1e-3", "3e-3")
-
-
-def need(there, what):
-    """Where a part is missing: skip, and pytest tells why; in CI, fail."""
-    if not there and os.environ.get("CI"):
-        pytest.fail(f"CI needs {what}")
-    if not there:
-        pytest.skip(f"needs {what}")
-
-
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture(scope="session")
@@ -88,43 +70,15 @@ def slurm(environment):
 
 @pytest.fixture(scope="session")
 def server():
-    """URL of a PostgreSQL server, password included, that has no database of ours yet."""
-    need(find_spec("psycopg"), "peftlab's extra postgresql")
-    found = [shutil.which("initdb"), *Path("/usr/lib/postgresql").glob("*/bin/initdb")]
-    initdb = next((Path(path) for path in found if path), None)
-    need(initdb is not None, "PostgreSQL (Debian's package postgresql)")
-    programs = initdb.resolve().parent
-    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
-    password = secrets.token_urlsafe(12)
-    (folder / "password").write_text(password)
-    (port,) = free_ports(1)
-    user = []
-    if os.geteuid() == 0:  # which PostgreSQL refuses
-        user = ["runuser", "-u", "postgres", "--"]
-        for path in (folder, folder / "password"):
-            shutil.chown(path, "postgres")
-
-    def run(program, *words):
-        command = [*user, programs / program, "--pgdata", folder / "data", *words]
-        subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-
-    run("initdb", "--username=peftlab", "--auth=scram-sha-256", "--no-sync", "--pwfile=password")
-    listen = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-    run("pg_ctl", "start", "--wait", "--silent", "--log", folder / "log", "--options", listen)
-    yield f"postgresql://peftlab:{password}@127.0.0.1:{port}"
-    run("pg_ctl", "stop", "--mode=immediate", "--silent")
-    shutil.rmtree(folder)
+    """A PostgreSQL server that has no database of ours yet."""
+    with running() as server:
+        yield server
 
 
 @pytest.fixture
 def postgresql(server):
     """URL of a new, empty database."""
-    name = f"db{uuid.uuid4().hex}"
-    import psycopg
-
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return f"{server}/{name}"
+    return server.database()
 
 
 def toy(folder, *words, env):

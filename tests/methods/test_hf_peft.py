@@ -168,7 +168,7 @@ def test_constants_are_stored_once():
     indices = [t for n, t in adapter_tensors(net).items() if "shira_indices" in n]
     assert len(indices) == len(method.sites)
     net.double()
-    assert method.wrapped[0][1].shira_indices["default"] is method.kept[0][0]["default"]
+    assert method.wrapped[0][2].shira_indices["default"] is method.kept[0][0]["default"]
 
 
 def test_frozen_weights_in_bf16():

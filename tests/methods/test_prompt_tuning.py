@@ -9,7 +9,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from peftlab.errors import InputError
-from peftlab.run import assemble
+from peftlab.parts import assemble
 
 TEXT = [7, 2, 9]  # the tokens of "a text"
 

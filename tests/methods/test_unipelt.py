@@ -5,7 +5,8 @@ import torch
 from conftest import NETS, VOCABULARY, make, shake, tiny_llama
 
 from peftlab.errors import InputError
-from peftlab.method import Stack, trainable
+from peftlab.method import trainable
+from peftlab.stack import Stack
 
 
 def shaken(net, **changes):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from peftlab import run as run_module
-from peftlab.run import assemble, run
+from peftlab.parts import assemble
+from peftlab.run import run
 from peftlab.warm import Shelf
 
 

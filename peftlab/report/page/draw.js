@@ -125,9 +125,9 @@ function fillNumbers(figure) {
 
 const TABLE_ROWS = 500; // of the numbers of a figure; all runs have a table of their own
 
-/** Fill a table; a heading that starts with a capital is of texts, the first names its row. */
-function fillTable(table, head, rows) {
-  const isText = head.map((title) => /^[A-Z]/.test(title));
+/** Fill a table; the first cell names its row. isText: of which columns; without, of those whose
+ *  heading starts with a capital. */
+function fillTable(table, head, rows, isText = head.map((title) => /^[A-Z]/.test(title))) {
   const headings = head.map((title, n) =>
     element("th", { scope: "col", class: isText[n] ? "text" : null }, title));
   const lines = rows.slice(0, TABLE_ROWS).map((row) => element("tr", row.attributes || {},

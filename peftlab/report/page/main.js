@@ -58,6 +58,7 @@ function draw() {
   drawControls(view);
   drawTexts(view);
   drawBestTable(view);
+  drawAnalyses(view);
   for (const figure of Object.values(figures)) drawFigure(figure, view);
   drawRun(view);
   drawAllTable(view);

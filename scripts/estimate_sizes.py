@@ -1,0 +1,74 @@
+"""Estimate memory and time of a training step for models of 1, 8 and 70 billion parameters.
+
+    python scripts/estimate_sizes.py TOKENS_PER_S
+
+TOKENS_PER_S: those of a LoRA step on SmolLM2, measured here by `scripts/bench.py steps`.
+
+Memory is `peftlab.estimate`: shapes only. Time is the number of floating-point operations of the
+step, counted over tensors without data, at the rate that the measured step had: it assumes that a
+larger model keeps the processor as busy as the small one does, and that it fits into memory. The
+shapes are those of Llama 3.2 1B, 3.1 8B and 3.1 70B.
+"""
+
+import sys
+
+import hydra
+from transformers import AutoConfig, LlamaConfig
+
+from peftlab.backbone import locate
+from peftlab.config import resolve
+from peftlab.estimate import estimate, step_flops
+from peftlab.train import CONF
+
+ROWS, LENGTH = 8, 128
+MODELS = {  # hidden, layers, heads, key-value heads, intermediate, tied embeddings
+    "1B": (2048, 16, 32, 8, 8192, True),
+    "8B": (4096, 32, 32, 8, 14336, False),
+    "70B": (8192, 80, 64, 8, 28672, False),
+}
+METHODS = ("lora", "dora", "tied_lora", "ia3", "top_layers", "ladder", "prompt_tuning", "full")
+GIB = 2**30
+
+
+def main() -> int:
+    """Print the table."""
+    rate = float(sys.argv[1])
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        configs = {name: resolve(hydra.compose("config", [f"method={name}"])) for name in METHODS}
+    smollm2 = AutoConfig.from_pretrained(locate(configs["lora"]["model"])[0])
+    models = {"SmolLM2": smollm2, **{name: llama(*sizes) for name, sizes in MODELS.items()}}
+    where = {"rows": ROWS, "length": LENGTH, "precision": "bf16"}
+    tokens = ROWS * LENGTH
+    lora = configs["lora"]
+    flops_per_s = step_flops(smollm2, lora["method"], lora["optimizer"], **where) * rate / tokens
+    print(f"{ROWS} x {LENGTH} tokens, bf16, {flops_per_s / 1e9:,.0f} GFLOP/s\n")
+    heads = [f"{name}: {what}" for name in models for what in ("GiB", "s per 1,000 tokens")]
+    print("| method |", " | ".join(heads), "|")
+    print("| --- |", " | ".join(["---:"] * len(heads)), "|")
+    for name, config in configs.items():
+        groups = config["method"], config["optimizer"]
+        cells = []
+        for model in models.values():
+            seconds = step_flops(model, *groups, **where) / flops_per_s / tokens * 1000
+            cells += [f"{estimate(model, *groups, **where).peak / GIB:,.1f}", f"{seconds:,.1f}"]
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+    return 0
+
+
+def llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, tied: bool
+) -> LlamaConfig:
+    """Return the config of a Llama of these sizes."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tied,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
