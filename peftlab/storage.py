@@ -19,7 +19,12 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from sqlalchemy import NullPool, create_engine, text
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from peftlab.errors import InputError
 
@@ -90,6 +95,8 @@ def _patient(method: Callable) -> Callable:
 def _is_away(error: BaseException) -> bool:
     """Whether an error means that the server is not there, or was not during a transaction."""
     cause = error if isinstance(error, DBAPIError) else error.__cause__
+    if isinstance(cause, PendingRollbackError):  # it went away in the middle of a transaction
+        return True
     if not isinstance(cause, DBAPIError):
         return False
     state = getattr(cause.orig, "sqlstate", None)
@@ -110,9 +117,10 @@ for _name, _method in vars(RDBStorage).items():
         setattr(PatientStorage, _name, _patient(_method))
 
 
-def open_storage(url: str, folder: Path) -> BaseStorage:
+def open_storage(url: str, folder: Path, *, wait: bool = False) -> BaseStorage:
     """Open the storage `url`; a relative file lies in `folder`. Within a process, always the same.
 
+    wait: for a database that is away, as long as for one that goes away later.
     Raises: InputError if the storage cannot be opened. The message does not hold the URL, which
     may hold a password.
     """
@@ -123,7 +131,8 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         if kind == "sqlite":
             return _sqlite(url)
         if kind in ("postgresql", "postgresql+psycopg"):
-            return _postgresql(re.sub("^postgresql:", "postgresql+psycopg:", url))
+            opened = _patient(_postgresql) if wait else _postgresql
+            return opened(re.sub("^postgresql:", "postgresql+psycopg:", url))
     except ImportError as error:
         extra = "needs the extra of its name: pip install 'peftlab[postgresql]'"
         raise InputError(f"hydra.sweeper.storage: {kind} {extra}") from error

@@ -65,7 +65,7 @@ class StudyTrial:
 
         self.study = optuna.load_study(
             study_name=study_name(settings),
-            storage=open_storage(settings.storage, folder),
+            storage=open_storage(settings.storage, folder, wait=True),  # the sweeper had it open
             sampler=optuna.samplers.RandomSampler(),  # jobs never sample
             pruner=instantiate(settings.pruner),
         )

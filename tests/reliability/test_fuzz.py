@@ -10,7 +10,7 @@ import shutil
 import signal
 import string
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -65,8 +65,14 @@ def printed():
         texts = []
         for n, file in zip((1, 2), (out, err), strict=True):
             os.dup2(file.fileno(), n)
-        try:
-            yield texts
+        try:  # pytest's own stdout and stderr do not end in 1 and 2
+            with (
+                open(os.dup(1), "w") as o,
+                open(os.dup(2), "w") as e,
+                redirect_stdout(o),
+                redirect_stderr(e),
+            ):
+                yield texts
         finally:
             for n, fd in zip((1, 2), kept, strict=True):
                 os.dup2(fd, n)

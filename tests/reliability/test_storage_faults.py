@@ -1,6 +1,7 @@
 """Storages that fail under a sweep: restarted, torn, full, and made by another version."""
 
 import json
+import logging
 import os
 import random
 import sqlite3
@@ -98,6 +99,8 @@ def test_a_database_that_stays_away_ends_the_sweep_with_its_reason(server, tmp_p
 
     monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
     monkeypatch.setattr(storage, "RETRY_S", 0.1)
+    # a command of another test may have left the handler of a log that is gone
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     study = optuna.create_study(storage=open_storage(server.database(), tmp_path))
     server.stop("fast")
     try:
