@@ -26,7 +26,7 @@ from pathlib import Path
 import hydra
 import yaml
 
-STOCK = ["hydra-optuna-sweeper==1.3.0", "optuna==2.10.1"]
+STOCK = ["hydra-optuna-sweeper==1.3.0", "optuna==2.10.1", "hydra-core==1.3.2"]
 CORES = os.cpu_count() or 1
 LR, GAMMA, RANKS = (1e-5, 1e-2), (1, 1000), (2, 4, 8, 16)
 APP = """
@@ -120,6 +120,7 @@ def main() -> int:
         n_trials = f"hydra.sweeper.n_trials={known.trials}"
         words = space(lr="lr", gamma="gamma", rank="rank")
         theirs = [str(stock), "app.py", "-m", "hydra/sweeper=optuna", n_trials, *words]
+        theirs += ["hydra/sweeper/sampler=tpe"]
         theirs += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0", "hydra.sweep.dir=a"]
         first = timed(folder, theirs, threads=CORES)
         best = yaml.safe_load((folder / "a/optimization_results.yaml").read_text())["best_value"]
