@@ -19,7 +19,7 @@ def keep_memory() -> None:
     To be called before torch is imported, which reads one of them. Elsewhere than with glibc it
     does nothing.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _is_glibc():
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: pages of 2 MiB for large tensors
     libc = ctypes.CDLL(None)
@@ -27,3 +27,13 @@ def keep_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(kept))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(NEVER_TRIM))
+
+
+def give_back() -> None:
+    """Return what is free now: what one run of a process needed is not to count for the next."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

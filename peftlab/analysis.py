@@ -111,12 +111,21 @@ def labels(runs: Sequence[Record]) -> list[str]:
                 for f in (twins if key.startswith(("method.", "optimizer.")) else flat)
             )
         }
-        words = [f"{word}={value}" for word, value in told.items()]
+        words = [f"{word}={_word(value)}" for word, value in told.items()]
         result.append(" ".join((name, *(words if len(words) <= MOST_KEYS else [run.folder.name]))))
     return [
         f"{name} ({run.folder})" if result.count(name) > 1 else name
         for name, run in zip(result, runs, strict=True)
     ]
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def but_seed(label: str) -> str:
+    """Return a label of `labels` without its seed: the same for runs that differ in no more."""
+    return " ".join(word for word in label.split(" ") if not word.startswith("seed="))
 
 
 def by_kind(items: Sequence[T], *, apart: bool) -> list[tuple[str, list[T]]]:

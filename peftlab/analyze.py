@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +31,7 @@ from peftlab.recorded import Record, read_record
 
 SCHEMA = 1  # of the files
 FOLDER = "analyses"  # beside the runs
-PLAIN_WIDTH = 120  # columns where there is no terminal
+PLAIN_WIDTH = 120  # columns where there is no terminal, at least
 
 
 def questions() -> dict[str, str]:
@@ -156,8 +157,6 @@ def show(question: str, answer: Analysis, *, as_csv: bool) -> None:
         writer.writerows([tuple(names), *answer.rows])
         return
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PLAIN_WIDTH)
     table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0))
     for place, column in enumerate(answer.columns):
         numbers = not any(isinstance(row[place], str) for row in answer.rows)
@@ -167,6 +166,10 @@ def show(question: str, answer: Analysis, *, as_csv: bool) -> None:
         table.add_column(head, justify="right" if numbers else "left", overflow="fold")
     for row in answer.rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
+    if not console.is_terminal:
+        room = console.options.update(max_width=10 * PLAIN_WIDTH)
+        words = Measurement.get(console, room, table).minimum  # so that none is cut
+        console = Console(highlight=False, width=max(PLAIN_WIDTH, words))
     console.print(Text(f"{question}: {answer.title}", style="bold"))
     console.print(table)
     for note in answer.notes:

@@ -1,7 +1,7 @@
 """Compile each decoder block by itself: one graph serves all blocks of a model.
 
 Compiling costs seconds and saves a part of each step, so that a short run is faster without it.
-The compiled kernels stay in the cache: the next process need not make them again.
+Graphs and kernels stay in the cache: the next process only has to look at the Python code again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
@@ -22,6 +24,12 @@ from peftlab.sites import decoder_blocks
 # Floating-point operations of a run from which `compile: auto` compiles: some five minutes on two
 # CPU cores, of which it saves about a minute, for at most half a minute of compiling.
 WORTH_IT = 3e13
+# Of a model with more blocks than this, the first stays plain: its input, the embeddings, needs no
+# gradient, so that it would take a graph for itself, and half of all compiling.
+FEW = 8
+# What torch does not take to be safe to keep. Their arguments are constants of the graph, hence of
+# its key, and so is the autocast around it.
+KEPT = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
 
 
 def compile_blocks(net: PreTrainedModel) -> None:
@@ -31,11 +39,32 @@ def compile_blocks(net: PreTrainedModel) -> None:
     """
     if compiler() is None:
         raise InputError("compile=true: needs a C++ compiler, g++ or clang++; compile=false none")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    # torch sets the variable itself, when it is imported: any other value is the user's
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
     # A batch as long as a head is wide by chance would pass for tied to it, and compile again.
     shapes.use_duck_shape = False
-    for block in _blocks(net):
+    kept = inductor.unsafe_marked_cacheable_functions
+    inductor.unsafe_marked_cacheable_functions = kept | dict.fromkeys(KEPT, torch.__version__)
+    _no_symbols(net)
+    blocks = list(_blocks(net))
+    for block in blocks[len(blocks) > FEW :]:
         block.compile(dynamic=True)
+
+
+def _no_symbols(net: PreTrainedModel) -> None:
+    """Write settings that are floats, which become symbols, in another way where they are fixed.
+
+    Where a symbol turns out to be fixed, torch analyses the block again, and keeps no graph: the
+    probability 0.0 of dropout is the whole number 0, and SDPA's usual scale is its default.
+    """
+    for module in net.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and value == 0:
+                setattr(module, name, 0)
+        width, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
+        if net.config._attn_implementation == "sdpa" and width and scale == width**-0.5:
+            vars(module)["scaling"] = None
 
 
 def plain_blocks(net: PreTrainedModel) -> None:

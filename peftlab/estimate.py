@@ -5,6 +5,7 @@ shape, a type and an autograd graph, but no data. So the one code that trains al
 keeps, for every method, model and optimizer alike, and an 8B model takes seconds on a laptop.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from peftlab.backbone import DTYPES, SHORT, conv1d_to_linear
 from peftlab.bits import LOGITS_PER_CHUNK
+from peftlab.errors import InputError
 from peftlab.flops import FlopCounter
 from peftlab.method import trainable
 from peftlab.nf4 import pack, quantize_, unpack
@@ -58,7 +64,7 @@ def estimate(
     """Estimate training with batches of rows x length tokens, each with a target, on the CPU.
 
     method, optimizer: config groups. precision: fp32 or bf16, as in conf/config.yaml. kinds:
-    model.kinds.
+    model.kinds. Raises: InputError for a method that cannot be built without data.
     """
     width = 2 if precision == "bf16" else 4
     with _built(model, method, optimizer, length, precision, quantize, kinds) as (net, chosen):
@@ -120,7 +126,7 @@ def _built(
     """Yield the model with the method attached, and the optimizer, all of tensors without data."""
     unpack(pack(torch.ones(1, 64)), (1, 64), torch.float32)  # its cached tables must be real ones
     model._attn_implementation = "eager" if length <= SHORT else "sdpa"
-    with FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+    with _converting(), FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
         net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
         conv1d_to_linear(net)
         net.requires_grad_(False)
@@ -136,6 +142,27 @@ def _built(
         yield net, chosen
 
 
+@contextmanager
+def _converting() -> Iterator[None]:
+    """Let `Module.to` and its like convert parameters without data, as libraries do.
+
+    torch 2.13 swaps such a parameter for the converted one, and refuses where the fake mode holds a
+    weak reference to one of the two (pytorch #184976).
+    """
+    swap = torch.utils.swap_tensors
+    torch.utils.swap_tensors = _take_over
+    try:
+        with warnings.catch_warnings():  # a copy of such a tensor asks torch for its address
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        torch.utils.swap_tensors = swap
+
+
+def _take_over(old: Tensor, new: Tensor) -> None:
+    old.data = new.data
+
+
 class _Scalars(TorchDispatchMode):
     """Give 0 where a number is read out of a tensor without data: a seed, a draw, a comparison."""
 
@@ -145,6 +172,9 @@ class _Scalars(TorchDispatchMode):
         except DataDependentOutputException:
             dtype = args[0].dtype
             return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+        except DynamicOutputShapeException as error:
+            told = f"method: its sizes depend on numbers that are not there ({error})"
+            raise InputError(told) from error
 
 
 def _kept_for_backward(net: PreTrainedModel, rows: int, length: int, *, autocast: bool) -> int:
@@ -163,7 +193,10 @@ def _kept_for_backward(net: PreTrainedModel, rows: int, length: int, *, autocast
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        net.base_model(input_ids=ids, use_cache=False)
+        hidden = net.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head = cast(nn.Linear, net.get_output_embeddings()).weight
+    if not hidden.requires_grad and any(p is not head for _, p in trainable(net)):
+        raise InputError("method: whether it acts depends on numbers that are not there")
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -126,6 +126,12 @@ def _adapter(record: Record, folder: Path, *, dtype: str, base: Path | None) -> 
 
 @torch.no_grad()
 def _peft(record: Record, folder: Path, *, dtype: str, base: Path | None) -> tuple[dict, str]:
+    quantize = record.config["model"]["quantize"]
+    why = (
+        f"trained on a base in {quantize}, of which an adapter of peft says nothing: on the dense "
+        "base it is another function; --to=merged holds that base, too"
+    )
+    require(quantize is None, "--to", "peft", why)
     net = _in_float32(record, base).net
     try:
         form = attached(net).peft_form(net)

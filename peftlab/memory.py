@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
+from peftlab.allocator import give_back
+
 
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far (loading a model may have needed more than training it)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    give_back()
     with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is the process's
         Path("/proc/self/clear_refs").write_text("5")
 

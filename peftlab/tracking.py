@@ -9,28 +9,33 @@ import contextlib
 import hashlib
 import json
 import logging
-import netrc
 import os
 import shutil
-import ssl
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit, urlunsplit
-from urllib.request import urlopen
 
 from peftlab.config import number
 from peftlab.errors import InputError, require
+from peftlab.wandb_server import (
+    ANSWER_S,
+    NO_ANSWER,
+    NOTHING,
+    answers,
+    first_line,
+    held,
+    key_is_set,
+    lacks,
+    server,
+    without_user,
+)
 
 AXES = ("step", "tokens", "epoch")  # columns that place a row, never charts of their own
 LABELS = ("phase", "split", "targets")  # columns that are about a row's numbers
 # Of several globs that match, W&B takes any: the names themselves decide against "*".
 EPOCH_METRICS = ("epoch/*", "epoch/train_bits_per_token", "epoch/test_bits_per_token")
 
-# W&B reports its own errors to one more server; where that is out of reach, ending takes 22 s more.
-os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+FLUSH_S = 1.0  # W&B's record is then on the disk; a kill loses of it what is younger
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +124,8 @@ class WandbTracker:
         self.init_timeout = init_timeout
         self.finish_timeout = finish_timeout
         self.run = None  # of wandb, while it records
+        self.n_rows = 0  # that it was given
+        self.n_there = 0  # that the server has of an earlier process: W&B would append them again
 
     def start(
         self,
@@ -133,7 +140,7 @@ class WandbTracker:
         model: str,
         dataset: str,
     ) -> None:
-        """Begin to record; a run that goes on replaces its earlier record by a whole one.
+        """Begin to record; to a run that goes on, the server is sent what it lacks of its rows.
 
         Raises: InputError for a project, entity or id that W&B refuses.
         """
@@ -146,12 +153,13 @@ class WandbTracker:
         run_dir = run_dir.resolve()
         # A trial's run on another seed has a folder of its own: <trial>-seed<seed>.
         label = run_dir.name if run_dir.name.startswith(f"{trial}-") else trial
+        name = run_id if trial is None else _trial_id(run_dir, run_id)
 
         def init(mode: Any) -> Any:
             return wandb.init(
                 mode=mode,
                 dir=run_dir,
-                id=run_id if trial is None else _trial_id(run_dir),
+                id=name,
                 name=run_dir.name if study is None or trial is None else f"{study}-{label}",
                 group=study if self.group is None else self.group,
                 project=self.project,
@@ -170,18 +178,20 @@ class WandbTracker:
                     save_code=False,
                     x_disable_machine_info=True,  # result.json has what matters of it
                     x_save_requirements=False,
+                    x_transaction_log_flush_interval=FLUSH_S,
                 ),
             )
 
         shutil.rmtree(run_dir / "wandb", ignore_errors=True)
         try:
-            self.run = init(self._reachable_mode())
+            self.run = init(self._reachable_mode(name))
         except UsageError as error:
             raise InputError(f"tracking: {error}") from error
         except (Error, OSError) as error:
-            _warn_offline(_first_line(error))
+            _warn_offline(first_line(error))
             wandb.teardown()  # until then W&B holds the id to be in use
             shutil.rmtree(run_dir / "wandb", ignore_errors=True)
+            self.n_there = 0
             self.run = init("offline")
         for axis in AXES:
             self.run.define_metric(axis, hidden=True)
@@ -198,41 +208,60 @@ class WandbTracker:
     def log(self, row: Mapping[str, Any]) -> None:
         """Record one row: see `columns`."""
         if self.run is not None:
+            step, self.n_rows = self.n_rows, self.n_rows + 1
+            if step < self.n_there:
+                return
             try:
-                self.run.log(columns(row))
-            except OSError as error:
+                self.run.log(columns(row), step=step, commit=True)
+            except _gone() as error:
                 self._lose(error)
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """End the record; a run that is pruned, diverged or stopped has not failed."""
         if self.run is None:
             return
-        folder = Path(self.run.sync_dir)
+        run, folder = self.run, Path(self.run.sync_dir)
         try:
-            self.run.summary.update({**summary, "status": status})
-            self.run.finish(exit_code=int(status == "failed"))
-            self.run = None
+            run.summary.update({**summary, "status": status})
+            run.finish(exit_code=int(status == "failed"))
+            lack = None
         except TimeoutError:
-            self.run = None
-            folder.rename(folder.with_name(f"offline-{folder.name}"))  # so that sync finds it
-            _warn_offline(f"not everything was sent in {self.finish_timeout:g} s")
-        except OSError as error:
+            lack = f"not everything was sent in {self.finish_timeout:g} s"
+        except _gone() as error:
             self._lose(error)
+            return
+        self.run = None
+        if lack is None and not run.offline:
+            lack = _missing(folder)
+        if lack is not None:
+            # `peftlab sync` finds it under either name, W&B's own does not.
+            with contextlib.suppress(OSError):
+                folder.rename(folder.with_name(f"offline-{folder.name}"))
+            _warn_offline(lack)
 
-    def _reachable_mode(self) -> str:
+    def _reachable_mode(self, name: str) -> str:
+        if self.mode != "online":
+            return self.mode
         # Asked first, because W&B itself tries a refused connection again until its time is up.
-        if self.mode == "online" and not answers(server(), self.init_timeout):
+        if not answers(server(), self.init_timeout):
             _warn_offline(f"{without_user(server())} does not answer")
             return "offline"
-        return self.mode
+        try:
+            there = held(self.entity, self.project, name, min(self.init_timeout, ANSWER_S))
+        except NO_ANSWER as error:
+            _warn_offline(f"the server does not say what it holds ({first_line(error)})")
+            return "offline"
+        self.n_there = (there or NOTHING).n_rows
+        return "online"
 
-    def _lose(self, error: OSError) -> None:
+    def _lose(self, error: Exception) -> None:
         """Go on without W&B, whose process is gone."""
         import wandb
 
-        logger.warning("W&B: its process has ended (%s); the run goes on without it", error)
+        reason = first_line(error)
+        logger.warning("W&B: its process has ended (%s); the run goes on without it", reason)
         self.run = None
-        with contextlib.suppress(OSError):  # it says once more that the process has ended
+        with contextlib.suppress(*_gone()):  # it says once more that the process has ended
             wandb.teardown()
 
 
@@ -250,56 +279,6 @@ def columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return {axis: row[axis] for axis in AXES} | numbers
 
 
-def server() -> str:
-    """Return the address of W&B: WANDB_BASE_URL, that of W&B's settings file, or its default."""
-    if os.environ.get("WANDB_BASE_URL"):
-        return os.environ["WANDB_BASE_URL"]
-    import wandb
-
-    return wandb.setup().settings.base_url
-
-
-def key_is_set() -> bool:
-    """Whether W&B can log in without asking: by WANDB_API_KEY or an entry in netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    if not path.exists():
-        return False
-    host = urlsplit(server()).netloc
-    # The public server's older name, under which W&B still accepts its key.
-    hosts = [host, "api.wandb.ai"] if host == "api.forge.coreweave.com" else [host]
-    try:
-        entries = netrc.netrc(path)
-    except (netrc.NetrcParseError, OSError):
-        return False  # for W&B, too, an unreadable file holds no key
-    return any(entries.authenticators(host) for host in hosts)
-
-
-def answers(url: str, seconds: float) -> bool:
-    """Whether anything speaks HTTP at `url` within `seconds`; an error page is an answer.
-
-    Raises: InputError if that is no address at all.
-    """
-    plain = without_user(url)
-    require(urlsplit(plain).scheme in ("http", "https"), "WANDB_BASE_URL", plain, "https://...")
-    try:
-        urlopen(plain, timeout=seconds).close()
-    except HTTPError:
-        return True
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # W&B has its own settings for certificates
-    except (OSError, HTTPException):
-        return False
-    return True
-
-
-def without_user(url: str) -> str:
-    """Return an address without the name and password that it may hold."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def _mode(mode: str) -> str:
     """Return the mode that counts: online, offline or disabled."""
     override = os.environ.get("WANDB_MODE")
@@ -314,12 +293,29 @@ def _mode(mode: str) -> str:
     return override or mode
 
 
-def _trial_id(run_dir: Path) -> str:
-    return hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
+def _gone() -> tuple[type[Exception], ...]:
+    """Return what W&B raises when its process has ended, before or while it is asked."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return OSError, HandleAbandonedError, MailboxClosedError
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _missing(folder: Path) -> str | None:
+    """Mark the record of an online run as uploaded, or return what the server lacks of it."""
+    from peftlab.wandb_record import mark, said
+
+    try:
+        (record,) = folder.glob("run-*.wandb")
+        lack = lacks(said(record))
+        if lack is None:
+            mark(record).touch()
+    except (OSError, ValueError) as error:  # a full disk, a folder that was removed
+        return f"its record is not as it was left ({first_line(error)})"
+    return lack
+
+
+def _trial_id(run_dir: Path, run_id: str) -> str:
+    return hashlib.sha256(f"{run_dir} {run_id}".encode()).hexdigest()[:16]
 
 
 def _warn_offline(reason: str) -> None:

@@ -142,7 +142,10 @@ def _check_word(word: str) -> None:
     if override.is_delete() or override.is_sweep_override() or not group.is_dir():
         return
     names = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
-    require(isinstance(override.value(), str | list), key, override.value(), f"one of {names}")
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
+    named = all(isinstance(name, str) for name in chosen)
+    require(named, key, value, f"one of {names}")
 
 
 def _parses(word: str) -> bool:

@@ -1,6 +1,8 @@
-"""A long study of short trials in one process: what it holds, and how long a trial takes.
+"""A long study of short trials in one process: what it holds, and what a trial takes.
 
-python scripts/soak.py --trials 500        30 to 60 minutes; exit code 1 if something grows
+python scripts/soak.py --trials 500        exit code 1 if something grows
+
+Time is that of the processor, of all threads: what runs beside it counts less.
 """
 
 import argparse
@@ -22,13 +24,13 @@ PARTS = 5  # of the trials after WARM: the first and the last are compared
 
 
 class Timed(Watch):
-    """Watch that tells the time as well."""
+    """Watch that tells the CPU seconds as well."""
 
     def on_job_end(self, config: Any, job_return: Any, **more: Any) -> None:
-        """Write what the process holds, and when that was."""
+        """Write what the process holds, and what it has computed until then."""
         super().on_job_end(config, job_return, **more)
         with Path(f"{self.path}-times").open("a") as file:
-            file.write(f"{time.perf_counter()}\n")
+            file.write(f"{time.process_time()}\n")
 
 
 def soak(folder: Path, n_trials: int) -> list[dict[str, float]]:
@@ -37,12 +39,11 @@ def soak(folder: Path, n_trials: int) -> list[dict[str, float]]:
     callback = "hydra.callbacks.watch"
     words = ["tracking=none", "study=soak", f"hydra.sweeper.n_trials={n_trials}"]
     words += [f"+{callback}._target_=soak.Timed", f"+{callback}.path={path}"]
-    began = time.perf_counter()
     quiet(folder, tune([*MEMORY, *words]))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    times = [began, *map(float, Path(f"{path}-times").read_text().split())]
+    times = [0.0, *map(float, Path(f"{path}-times").read_text().split())]
     for row, before, after in zip(rows, times[:-1], times[1:], strict=True):
-        row["seconds"] = after - before
+        row["CPU seconds"] = after - before
     return rows
 
 
@@ -68,9 +69,11 @@ def grown(
         rate = (middle(last, what) - middle(first, what)) / n
         if rate > limit:
             lines.append(f"{what}: {rate:.3g} more with each trial")
-    if middle(last, "seconds") > slower * middle(first, "seconds"):
-        times = f"{middle(first, 'seconds'):.2f} s, at the end {middle(last, 'seconds'):.2f} s"
-        lines.append(f"a trial takes {times}")
+    if middle(last, "CPU seconds") > slower * middle(first, "CPU seconds"):
+        times = (
+            f"{middle(first, 'CPU seconds'):.2f} s, at the end {middle(last, 'CPU seconds'):.2f} s"
+        )
+        lines.append(f"a trial takes {times} of CPU time")
     return lines
 
 
@@ -85,7 +88,7 @@ def main() -> int:
     print("|  |", " | ".join(f"trial {n}" for n in marks), "|")
     print("| --- |", " | ".join(["---:"] * len(marks)), "|")
     for what in rows[0]:
-        digits = 2 if what == "seconds" else 0
+        digits = 2 if what == "CPU seconds" else 0
         cells = [f"{rows[mark - 1][what]:,.{digits}f}" for mark in marks]
         print(f"| {what} |", " | ".join(cells), "|")
     lines = grown(rows)

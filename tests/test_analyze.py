@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from peftlab.__main__ import main
-from peftlab.analysis import labels, plain, shown
+from peftlab.analysis import but_seed, labels, plain, shown
 from peftlab.analyze import questions, run_folders
 from peftlab.recorded import Record, read_record
 
@@ -126,6 +126,10 @@ def test_labels_tell_what_differs(tmp_path):
         "lora lr=0.001 seed=0",
         "lora lr=0.0001 seed=1",
     ]
+    gammas = [("gamma", {"method__gamma": 750.0, "seed": n}) for n in (0, 1)]
+    found = named(*gammas, ("gamma", {"method__gamma": 1, "seed": 0}))
+    assert found == ["gamma gamma=750 seed=0", "gamma gamma=750 seed=1", "gamma gamma=1 seed=0"]
+    assert [but_seed(label) for label in found[1:]] == ["gamma gamma=750", "gamma gamma=1"]
     assert named(("lora", lora), ("lora", lora)) == [f"lora ({tmp_path}/{n})" for n in (0, 1)]
 
 

@@ -1,12 +1,16 @@
 """Compiled blocks compute what plain ones do, are chosen for long runs only, and leave no trace."""
 
 import json
+import os
 
 import pytest
 import torch
+from conftest import attach, make, shake, tiny_llama
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from peftlab import compiled
 from peftlab.errors import InputError
+from peftlab.method import trainable
 from peftlab.run import SHELF, run
 
 
@@ -39,6 +43,49 @@ def test_a_compiled_run_is_the_plain_one(compose, tmp_path):
     assert SHELF.spare is not None
     net = SHELF.spare.backbone.net
     assert all(module._compiled_call_impl is None for module in net.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_graphs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters, asked, slopes = torch._dynamo.utils.counters, [], []
+    for _ in range(2):
+        net = tiny_llama()
+        net.set_attn_implementation("sdpa")
+        method = make("lora", net)
+        attach(method, net)
+        shake(method)
+        compiled.compile_blocks(net.train())
+        counters.clear()
+        with torch.autocast("cpu", torch.bfloat16):  # which LoRA leaves to combine its factors
+            net(torch.arange(10).view(2, 5), use_cache=False).logits.square().sum().backward()
+        asked.append(dict(counters["aot_autograd"]))
+        slopes.append([p.grad for _, p in trainable(net)])
+        compiled.plain_blocks(net)  # what the process itself remembers is gone
+    first, again = asked
+    # one for the block whose input, the embeddings, needs no gradient; one for the others
+    assert first["total"] == first["autograd_cache_miss"] == 2
+    assert again["total"] == again["autograd_cache_hit"] == 2
+    assert "autograd_cache_bypass" not in first | again
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*slopes, strict=True))
+
+
+@pytest.mark.parametrize("few, plain", [(2, [True, False, False]), (3, [False, False, False])])
+def test_of_many_blocks_the_first_stays_plain(few, plain, monkeypatch):
+    monkeypatch.setattr(compiled, "FEW", few)
+    net = tiny_llama(layers=3)
+    compiled.compile_blocks(net)
+    assert [block._compiled_call_impl is None for block in net.model.layers] == plain
+
+
+def test_graphs_are_kept_in_our_cache_unless_the_user_has_another(monkeypatch, tmp_path):
+    monkeypatch.setenv("PEFTLAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())
+    compiled.compile_blocks(tiny_llama())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "elsewhere"))
+    compiled.compile_blocks(tiny_llama())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "elsewhere")
 
 
 def test_auto_is_for_long_runs():

@@ -291,6 +291,36 @@ def _peft_of(done, tmp_path):
     return tmp_path / "straight" / "adapter_model.safetensors"
 
 
+def test_a_run_on_a_model_in_nf4(finished, tmp_path, capsys):
+    """Merged is the decoded base with W'; the adapter is for that base; peft has no word for it."""
+    done = finished("method=lora", "method.rank=4", "optimizer.lr=0.01", "model.quantize=nf4")
+    record = read_record(done)
+    for form in ("merged", "adapter"):
+        assert main(["export", str(done), "--to", form, "-o", str(tmp_path / form)]) == 0
+    backbone = restore(record)
+    ids = ids_of("3 and 4 make seven, and the river ran on.", tmp_path / "merged")
+    tolerance = record.result["merge"]["tolerance"]
+    with torch.no_grad():
+        wanted = backbone.net(ids).logits  # by the packed weights
+        assert torch.equal(restore(read_exported(tmp_path / "adapter")).net(ids).logits, wanted)
+        merged, lost = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "merged", output_loading_info=True
+        )
+        assert not any(lost.values())
+        assert (merged(ids).logits - wanted).abs().max() <= tolerance
+        # the dense base with the same adapter, and the base alone, are other functions
+        about = json.loads((tmp_path / "adapter" / "peftlab.json").read_text())
+        about["config"]["model"]["quantize"] = None
+        (tmp_path / "adapter" / "peftlab.json").write_text(json.dumps(about))
+        for other in (restore(read_exported(tmp_path / "adapter")), restore(record, trained=False)):
+            assert (other.net(ids).logits - wanted).abs().max() > 10 * tolerance
+    capsys.readouterr()
+    assert main(["export", str(done), "--to", "peft", "-o", str(tmp_path / "peft")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("peftlab: --to=peft: trained on a base in nf4, of which an adapter")
+    assert not (tmp_path / "peft").exists()
+
+
 def test_bf16_is_smaller_and_says_what_it_costs(done, tmp_path):
     out = tmp_path / "deep" / "merged"
     words = ["export", str(done), "--to", "merged", "-o", str(out), "--dtype", "bf16"]

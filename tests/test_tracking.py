@@ -69,6 +69,10 @@ for what, name, arguments in json.loads(sys.argv[1]):
             runs[name].log(row)
     elif what == "finish":
         runs[name].finish(**arguments)
+    elif what == "sleep":
+        time.sleep(arguments)
+    elif what == "be killed":
+        os.kill(os.getpid(), 9)
     elif what == "kill W&B":
         command = ["pgrep", "-P", str(os.getpid()), "wandb-core"]
         (process,) = subprocess.check_output(command).split()
@@ -106,7 +110,7 @@ def finish(run_dir, status="completed", **summary):
 def drive(steps, env):
     """Run the steps; return the seconds of each and what the terminal showed."""
     command = [sys.executable, "-c", DRIVER, json.dumps(steps)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     *lines, seconds = done.stdout.splitlines()
     return json.loads(seconds), "\n".join(lines) + done.stderr
@@ -121,7 +125,7 @@ def command(*words, env):
     """Run peftlab in an empty folder, and see that it stays empty."""
     call = [sys.executable, "-m", "peftlab", *map(str, words)]
     with tempfile.TemporaryDirectory() as empty:
-        done = subprocess.run(call, cwd=empty, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(call, cwd=empty, env=env, capture_output=True, text=True, timeout=180)
         assert os.listdir(empty) == []
     return done
 
@@ -137,7 +141,7 @@ def stub():
     assert server.errors == []
 
 
-def test_online_run_arrives_whole(stub, tmp_path):
+def test_online_run_arrives_whole(stub, tmp_path, monkeypatch, capsys):
     env = environment(tmp_path, stub.url, KEY)
     run_dir = tmp_path / "study" / "7"
     summary: dict[str, Any] = {
@@ -171,6 +175,15 @@ def test_online_run_arrives_whole(stub, tmp_path):
     assert [body for body in stub.bodies if secret in body] == []
     kept = {path.name for path in (run_dir / "wandb").glob("*/files/*")}
     assert kept == {"config.yaml", "wandb-summary.json"}
+    monkeypatch.setenv("WANDB_BASE_URL", stub.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    (marker,) = run_dir.glob("wandb/run-*/*.synced")
+    n_asked = len(stub.bodies)
+    assert sync([run_dir]) == 0 and len(stub.bodies) == n_asked
+    marker.unlink()  # as earlier versions left it
+    assert sync([run_dir]) == 0 and len(stub.bodies) == n_asked + 2  # 0 and 3 s later
+    assert capsys.readouterr().out == 2 * "0 uploaded, 1 already there, 0 failed\n"
+    assert marker.exists() and run.uploads == 1
 
 
 def test_single_run_and_its_id(stub, tmp_path):
@@ -231,11 +244,18 @@ def test_without_key_offline_and_no_prompt_then_sync(stub, tmp_path):
     assert run.uploads == 1
 
     (data,) = run_dir.glob("wandb/*/*.wandb")
-    os.utime(data)  # as if the run had gone on
-    third = command("sync", tmp_path / "outputs", env=env)
-    assert third.stdout.endswith("1 uploaded, 0 already there, 0 failed\n")
-    assert run.uploads == 2
-    assert run.history == [expected(row) for row in ROWS]
+    whole = data.read_bytes()
+    with Stub() as other:
+        for n_bytes in (len(whole) // 2, len(whole)):  # while the run goes on, and after
+            data.write_bytes(whole[:n_bytes])
+            env = environment(tmp_path, other.url, KEY)
+            grown = command("sync", tmp_path / "outputs", env=env)
+            assert grown.stdout.endswith("1 uploaded, 0 already there, 0 failed\n")
+            run = other.runs[RUN_ID]
+            assert run.history == [expected(row) for row in ROWS[: len(run.history)]]
+            assert (run.uploads == 1) == (0 < len(run.history) < len(ROWS))
+        assert len(run.history) == len(ROWS)
+        assert (run.summary["status"], run.exit_code) == ("diverged", 0)
 
 
 def test_only_failed_is_a_failure(stub, tmp_path):

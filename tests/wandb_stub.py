@@ -1,7 +1,8 @@
 """A W&B server on 127.0.0.1 that keeps what real clients send: online runs and `wandb sync`.
 
 It answers the four requests that a run needs (UpsertBucket, CreateRunFiles, the file stream and
-the upload of files) and says {} to every other one. No W&B code runs in it.
+the upload of files), says what it has received of a run when asked, and {} to every other request.
+No W&B code runs in it.
 """
 
 import gzip
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+HISTORY = "wandb-history.jsonl"
 KEY = "local-" + "5ec2e7" * 7  # 42 characters after the dash; W&B wants at least 40
 
 
@@ -39,8 +41,14 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        rows = self.lines.get("wandb-history.jsonl", {})
+        rows = self.lines.get(HISTORY, {})
         return [_public(json.loads(rows[number])) for number in sorted(rows)]
+
+    @property
+    def held(self) -> dict[str, Any]:
+        states = {None: "running", 0: "finished"}
+        n_rows = len(self.lines.get(HISTORY, {}))
+        return {"historyLineCount": n_rows, "state": states.get(self.exit_code, "failed")}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -64,6 +72,8 @@ class Stub(ThreadingHTTPServer):
         self.bodies: list[bytes] = []  # of every request, as they came
         self.status = 200  # of the answers to GraphQL requests
         self.stream_status = 200  # and to file streams
+        self.stream_breaks_after = 0  # so many requests that bring rows: until then all is well
+        self.n_with_rows = 0  # of the requests that were accepted
         self.lock = threading.Lock()
         self.errors: list[BaseException | None] = []
 
@@ -88,15 +98,19 @@ class Stub(ThreadingHTTPServer):
             entity = {"id": "e", "name": variables.get("entity") or "local"}
             project = {"id": "p", "name": variables["project"], "entity": entity}
             bucket = {"id": name, "name": name, "displayName": run.fields["displayName"]}
-            bucket |= {"config": run.fields["config"], "project": project, "historyLineCount": 0}
+            bucket |= {"config": run.fields["config"], "project": project, **run.held}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/put"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        if "historyLineCount" in query:
+            run = self.runs.get(variables["name"])
+            return {"model": {"bucket": None if run is None else run.held}}
         return {}
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
         run = self.runs[name]
+        self.n_with_rows += HISTORY in body.get("files", {})
         for file, chunk in body.get("files", {}).items():
             lines = run.lines.setdefault(file, {})
             lines.update(enumerate(chunk["content"], start=chunk["offset"]))
@@ -120,9 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.body())
         with self.server.lock:
             if self.path.endswith("/file_stream"):
-                if self.server.stream_status == 200:
+                broken = self.server.n_with_rows >= self.server.stream_breaks_after
+                status = self.server.stream_status if broken else 200
+                if status == 200:
                     self.server.stream(self.path.split("/")[-2], body)
-                self.answer({}, self.server.stream_status)
+                self.answer({}, status)
             else:
                 data = self.server.graphql(body["query"], body.get("variables") or {})
                 self.answer({"data": data}, self.server.status)

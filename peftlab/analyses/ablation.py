@@ -7,11 +7,15 @@ is single layers, lost(0, L-1) all of them. Where a layer's own tensors were tra
 means their values before training. The split is train unless --split says otherwise: whoever
 chooses layers by this figure must not have chosen them on test data.
 
+A deep model has many spans, 465 of 30 layers: neighbouring layers are then switched together, as
+if they were one, in at most --groups groups of one size, the last of which may be smaller.
+
 Source: Houlsby et al. 2019, arXiv:1902.00751, section 3.6 and figure 6.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +39,7 @@ OPTIONS = (
     Option("split", ("train", "test"), "train", "the rows whose loss is taken"),
     Option("rows", int, 32, "how many of them, the first of the split"),
     Option("off", WAYS, "inside", "which adapters are off: those inside the span, or all others"),
+    Option("groups", int, 12, "at most so many groups of layers; a model's number of layers: each"),
 )
 NOTES = (
     "Nothing is trained again: layers that stay on were trained together with those now off, so a "
@@ -48,24 +53,39 @@ class Spans(NamedTuple):
 
     on: float  # all adapters on
     off: float  # all off
-    lost: dict[tuple[int, int], float]  # (first, last) layer of the span -> the loss beyond `on`
+    lost: dict[tuple[int, int], float]  # (first, last) group of the span -> the loss beyond `on`
+    groups: tuple[range, ...]  # the layers of each
 
     def of(self, first: int, last: int) -> float:
         """Return lost(first, last)."""
         return self.lost[first, last]
 
+    @property
+    def names(self) -> list[str]:
+        """The layers of each group: "3", or "3-5"."""
+        return [str(g[0]) if len(g) == 1 else f"{g[0]}-{g[-1]}" for g in self.groups]
+
 
 def spans(
-    count: int, loss: Callable[[Callable[[int], bool]], float], *, outside: bool = False
+    count: int,
+    loss: Callable[[Callable[[int], bool]], float],
+    *,
+    outside: bool = False,
+    groups: int | None = None,
 ) -> Spans:
-    """Measure every span of `count` layers. loss: of the model with the layers on that it names."""
+    """Measure every span of `count` layers, in at most `groups` groups, else one by one.
+
+    loss: of the model with the layers on that it names.
+    """
+    size = math.ceil(count / (groups or count))
+    parts = tuple(range(n, min(n + size, count)) for n in range(0, count, size))
     on = loss(lambda layer: True)
     lost = {}
-    for first in range(count):
-        for last in range(first, count):
-            inside = range(first, last + 1)
+    for first in range(len(parts)):
+        for last in range(first, len(parts)):
+            inside = range(parts[first][0], parts[last][-1] + 1)
             lost[first, last] = loss(lambda n, s=inside: (n in s) == outside) - on
-    return Spans(on, loss(lambda layer: False), lost)
+    return Spans(on, loss(lambda layer: False), lost, parts)
 
 
 @contextmanager
@@ -97,18 +117,23 @@ def acting(
             p.data = after
 
 
-def analyse(runs: Sequence[Record], *, split: str, rows: int, off: str) -> Analysis:
+def analyse(runs: Sequence[Record], *, split: str, rows: int, off: str, groups: int) -> Analysis:
     """Switch off every span of every run. Raises: InputError for a method without layers."""
-    require(rows >= 1, "--rows", rows, "a whole number from 1")
+    for key, value in (("rows", rows), ("groups", groups)):
+        require(value >= 1, f"--{key}", value, "a whole number from 1")
     names = labels(runs)
-    found = [_of_run(run, split=split, rows=rows, outside=off == "outside") for run in runs]
+    found = [
+        _of_run(run, split=split, rows=rows, outside=off == "outside", groups=groups)
+        for run in runs
+    ]
     table: list[tuple[Cell, ...]] = []
     for name, own in zip(names, found, strict=True):
-        last = max(end for _, end in own.lost)
-        for layer in range(last + 1):
-            lost = own.of(layer, layer), own.of(0, layer), own.of(layer, last)
-            table.append((name, layer, *lost))
+        last = len(own.groups) - 1
+        for n, layers in enumerate(own.names):
+            lost = own.of(n, n), own.of(0, n), own.of(n, last)
+            table.append((name, layers, *lost))
     where = "off" if off == "inside" else "alone on"
+    grouped = (f"Layers are switched in at most {groups} groups (--groups).",)
     return Analysis(
         title=f"bits per token lost with the adapters of some layers {where}; {split} split",
         columns=(
@@ -125,6 +150,7 @@ def analyse(runs: Sequence[Record], *, split: str, rows: int, off: str) -> Analy
                 for name, own in zip(names, found, strict=True)
             ),
             f"The first {rows} rows of the {split} split.",
+            *(grouped if any(len(own.groups[0]) > 1 for own in found) else ()),
             *NOTES,
         ),
         figures=tuple(_figure(n, own, where) for n, own in zip(names, found, strict=True)),
@@ -132,25 +158,26 @@ def analyse(runs: Sequence[Record], *, split: str, rows: int, off: str) -> Analy
 
 
 def _figure(name: str, own: Spans, where: str) -> Figure:
-    layers = range(max(end for _, end in own.lost) + 1)
+    order = range(len(own.groups))
     return Figure(
         title=f"Spans of layers: {name}",
-        caption=f"Bits per token lost with the adapters of layers first..last {where}.",
+        caption=f"Bits per token lost with the adapters from the first to the last layer {where}; "
+        "the diagonal is one layer alone.",
         x=Axis("last layer", "category"),
         y=Axis("first layer", "category"),
         traces=(
             heat(
                 "bits lost",
-                [str(layer) for layer in layers],
-                [str(layer) for layer in layers],
-                [[own.lost.get((first, last)) for last in layers] for first in layers],
+                [str(group[-1]) for group in own.groups],
+                [str(group[0]) for group in own.groups],
+                [[own.lost.get((first, last)) for last in order] for first in order],
             ),
         ),
     )
 
 
 @torch.no_grad()
-def _of_run(run: Record, *, split: str, rows: int, outside: bool) -> Spans:
+def _of_run(run: Record, *, split: str, rows: int, outside: bool, groups: int) -> Spans:
     backbone = restore(run)
     data = data_of(run.config, backbone)
     recorded = run.result["dataset"]["fingerprint"]
@@ -168,7 +195,7 @@ def _of_run(run: Record, *, split: str, rows: int, outside: bool) -> Spans:
             return evaluate(net, batches, backbone.loss, autocast=autocast).bits_per_token
 
     try:
-        return spans(count, loss, outside=outside)
+        return spans(count, loss, outside=outside, groups=groups)
     except NotPartial as error:
         raise InputError(f"RUN={run.folder}: {error}, not on its layers one by one") from error
 

@@ -28,9 +28,9 @@ from peftlab.analysis import (
     Column,
     Figure,
     Option,
-    bars,
     by_kind,
     labels,
+    line,
 )
 from peftlab.changes import Change, changes, directions, drawn
 from peftlab.errors import require
@@ -98,12 +98,13 @@ def analyse(runs: Sequence[Record], *, rank: int, seed: int) -> Analysis:
         figures=(
             Figure(
                 title="Amplification",
-                caption="‖ΔW‖ / ‖Uᵀ W V‖, median over layers, for directions U and V of the "
+                caption="Median over layers, for directions U and V of the "
                 "change, of W itself, and random ones.",
                 x=Axis("run" if len(runs) > 1 else "kind of layer", "category"),
-                y=Axis("amplification", "log"),
+                y=Axis("‖ΔW‖ / ‖Uᵀ W V‖", "log"),
                 traces=tuple(
-                    bars(b, x, [row[5 + n] for row in shown]) for n, b in enumerate(BASES)
+                    line(b, x, [row[5 + n] for row in shown], mode="markers")
+                    for n, b in enumerate(BASES)
                 ),
             ),
         ),

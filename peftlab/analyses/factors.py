@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from peftlab.analysis import Analysis, Axis, Cell, Column, Figure, bars, labels
+from peftlab.analysis import Analysis, Axis, Cell, Column, Figure, labels, line
 from peftlab.checkpoint import load_adapter
 from peftlab.errors import require
 from peftlab.method import attached, trainable
@@ -32,7 +32,7 @@ from peftlab.recorded import ADAPTER, Record
 OPTIONS = ()
 NOTES = (
     "moved: 0.1 says that the tensor in the end is its start and a tenth of that size beside it; "
-    "`-`: it starts at 0, so all of it was learned.",
+    "-: it starts at 0, so all of it was learned.",
     "A small move of a random factor is no loss by itself: the other factor may do the work. "
     "Whether a boost helps is told by the losses of runs with other γ, each at its best lr.",
 )
@@ -140,11 +140,11 @@ def analyse(runs: Sequence[Record]) -> Analysis:
         figures=(
             Figure(
                 title="How far factors moved",
-                caption="‖T - T₀‖ / ‖T₀‖ of all tensors of a name; no bar for what starts at 0.",
+                caption="Of all tensors of a name; no point for what starts at 0.",
                 x=Axis("run", "category"),
-                y=Axis("moved", "log"),
+                y=Axis("moved, ‖T - T₀‖ / ‖T₀‖", "log"),
                 traces=tuple(
-                    bars(factor, names, [own.get(factor) for own in moved])
+                    line(factor, names, [own.get(factor) for own in moved], mode="markers")
                     for factor in factors
                     if any(own.get(factor) for own in moved)
                 ),

@@ -23,6 +23,7 @@ from peftlab.analysis import (
     Column,
     Figure,
     Option,
+    but_seed,
     labels,
     line,
     same_model,
@@ -92,6 +93,9 @@ def analyse(runs: Sequence[Record], *, source: str, rows: int) -> Analysis:
         trained = run.result["method"]["trainable_params"]
         numbers = before[precision], after, after - before[precision]
         table.append((name, trained, *numbers, *gains))
+    seeds: dict[str, list[tuple[Cell, ...]]] = {}
+    for row in table:
+        seeds.setdefault(but_seed(str(row[0])), []).append(row)
     return Analysis(
         title=f"what was forgotten of {source}, and what was gained",
         columns=(
@@ -108,11 +112,12 @@ def analyse(runs: Sequence[Record], *, source: str, rows: int) -> Analysis:
         figures=(
             Figure(
                 title=f"Gain against what was forgotten of {source}",
-                caption="Bits per token; right is more learned, up is more forgotten.",
-                x=Axis("gain on the test split"),
-                y=Axis("forgotten"),
+                caption="Right is more learned, up is more forgotten; a point is a run.",
+                x=Axis("gain on the test split, bits per token"),
+                y=Axis("forgotten, bits per token"),
                 traces=tuple(
-                    line(str(row[0]), [row[6]], [row[4]], mode="markers") for row in table
+                    line(name, [row[6] for row in own], [row[4] for row in own], mode="markers")
+                    for name, own in seeds.items()
                 ),
             ),
         ),

@@ -44,6 +44,7 @@ NOTES = (
     "differently.",
     "adapted: the method acts by Python hooks, whose time counts here and would be less in a "
     "runtime made for it; operations do not depend on that.",
+    "positions: keys and values beside the text's, which every token looks at.",
 )
 
 
@@ -177,6 +178,8 @@ def analyse(runs: Sequence[Record], *, prompt: int, tokens: int, rounds: int) ->
             )
     side = [name for name, own in zip(names, found, strict=True) if not own.cached]
     without = (f"No decode for {', '.join(side)}: the method has no key-value cache.",)
+    apart = [name for name, own in zip(names, found, strict=True) if "merged" not in own.timings]
+    unmerged = (f"No merged model for {', '.join(apart)}: the method does not merge.",)
     return Analysis(
         title=f"ms per token: {tokens} tokens behind a prompt of {prompt}, {rounds} rounds",
         columns=(
@@ -188,14 +191,27 @@ def analyse(runs: Sequence[Record], *, prompt: int, tokens: int, rounds: int) ->
             Column("positions"),
         ),
         rows=tuple(table),
-        notes=(*(without if side else ()), f"Threads of torch: {torch.get_num_threads()}.", *NOTES),
+        notes=(
+            *(without if side else ()),
+            *(unmerged if apart else ()),
+            f"Threads of torch: {torch.get_num_threads()}.",
+            *NOTES,
+        ),
         figures=(
             Figure(
                 title="Time per generated token",
-                caption=f"ms, median of {rounds} rounds, behind {prompt} tokens.",
+                caption=f"Median of {rounds} rounds, behind {prompt} tokens. Runs are measured one "
+                "after another: the frozen bars are one model, and differ as the machine does.",
                 x=Axis("run", "category"),
                 y=Axis("ms per token"),
                 traces=tuple(bars(form, *_medians(form, names, found)) for form in FORMS),
+            ),
+            Figure(
+                title="Time per generated token, to that of the frozen model",
+                caption=f"Median over {rounds} rounds of the ratio; 1: it costs nothing.",
+                x=Axis("run", "category"),
+                y=Axis("times the frozen model's"),
+                traces=tuple(bars(form, *_ratios(form, names, found)) for form in FORMS[1:]),
             ),
         ),
     )
@@ -210,6 +226,17 @@ def _medians(
         if form in run.timings and run.cached
     ]
     return [name for name, _ in own], [time for _, time in own]
+
+
+def _ratios(
+    form: str, names: Sequence[str], found: Sequence[Costs]
+) -> tuple[list[Cell], list[Cell]]:
+    own = [
+        (name, _ratio(run.timings[form].decode, run.timings["frozen"].decode))
+        for name, run in zip(names, found, strict=True)
+        if form in run.timings and run.cached
+    ]
+    return [name for name, _ in own], [ratio for _, ratio in own]
 
 
 def _spread(times: Sequence[float]) -> tuple[Cell, Cell]:

@@ -48,7 +48,7 @@ SIDES = ("input", "output")
 NOTES = (
     "φ(i, j): how much of the first i directions of the one change lies in the first j of the "
     "other, as a mean over layers. 0: they share no direction; 1: the smaller lies in the larger. "
-    "Compare with `by chance`: only what is far above it is common.",
+    "Compare with 'by chance': only what is far above it is common.",
     "A layer counts if both runs changed it. Common directions are not yet useful ones: see what "
     "the losses say.",
     "Directions whose singular values are nearly equal are arbitrary within their span: read φ "

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.gain import gained
 from peftlab.method import (
     WeightMethod,
     check_positive,
@@ -72,10 +73,10 @@ class DoRA(WeightMethod):
             up = (gain * self.scale)[:, None] * t.B
         if self.drop.p and self.training:
             x = self.drop(x)
-            frozen = F.linear(x, site.weight)
+            y = y + (gain - 1).to(y.dtype) * F.linear(x, site.weight)
         else:
-            frozen = y if site.bias is None else y - site.bias
-        return y + (gain - 1).to(y.dtype) * frozen + F.linear(F.linear(x, t.A), up)
+            y = gained(y, gain - 1, site.bias)
+        return y + F.linear(F.linear(x, t.A), up)
 
     def norm(self, t: SimpleNamespace, W: Tensor) -> Tensor:
         """N [d_out] without forming B A.

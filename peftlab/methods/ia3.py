@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.gain import gained
 from peftlab.method import WeightMethod, full_precision
 from peftlab.peft_form import PeftForm, at
 from peftlab.sites import Site
@@ -58,7 +59,7 @@ class IA3(WeightMethod):
             gain = self.gain(t)
         if t.on_input:
             return y + F.linear(gain.to(x.dtype) * x, site.weight)
-        return y + gain.to(y.dtype) * y
+        return gained(y, gain)
 
     def peft_form(self, backbone: nn.Module) -> PeftForm:
         """IA3; peft scales all rows of a layer: those that are not the site's by 1."""

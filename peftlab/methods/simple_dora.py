@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.gain import gained
 from peftlab.method import (
     WeightMethod,
     check_positive,
@@ -70,8 +71,7 @@ class SimpleDoRA(WeightMethod):
         with full_precision(x):
             gain = self.beta * t.m
             up = (gain * t.n * self.scale)[:, None] * t.B
-        frozen = y if site.bias is None else y - site.bias
-        return y + (gain - 1).to(y.dtype) * frozen + F.linear(F.linear(self.drop(x), t.A), up)
+        return gained(y, gain - 1, site.bias) + F.linear(F.linear(self.drop(x), t.A), up)
 
     def peft_form(self, backbone: nn.Module) -> PeftForm:
         """LoRA with use_dora: its rows have the norms of those of W'.

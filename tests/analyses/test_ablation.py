@@ -46,6 +46,20 @@ def test_spans_of_a_known_loss():
     }
 
 
+def test_groups_of_layers():
+    """Seven layers in at most three groups: 0-2, 3-5 and 6, whose worths are 7, 56 and 64."""
+
+    def loss(on):
+        return 128 - sum(2**layer for layer in range(7) if on(layer))
+
+    found = spans(7, loss, groups=3)
+    assert found.names == ["0-2", "3-5", "6"]
+    assert found.lost == {(0, 0): 7, (0, 1): 63, (0, 2): 127, (1, 1): 56, (1, 2): 120, (2, 2): 64}
+    assert (found.on, found.off) == (1, 128)
+    assert spans(7, loss, groups=7) == spans(7, loss, groups=30) == spans(7, loss)
+    assert spans(7, loss).names == ["0", "1", "2", "3", "4", "5", "6"]
+
+
 def shaken(name, net):
     method = make(name, net)
     attach(method, net)
@@ -134,6 +148,12 @@ def test_a_run_of_lora(finished, ask):
     assert third["this layer off bits lost"] == z[2][2]
     assert third["layers up to it off bits lost"] == z[0][2]
     assert third["layers from it off bits lost"] == z[2][3]
+    paired = ask("ablation", folder, "--split", "test", "--rows", "100", "--groups", "2")
+    assert [row["layer"] for row in paired["rows"]] == ["0-1", "2-3"]
+    assert cells(paired) == [[z[0][1], z[0][3]], [None, z[2][3]]]
+    figure = paired["figures"][0]["traces"][0]
+    assert (figure["x"], figure["y"]) == (["1", "3"], ["0", "2"])  # last and first layer
+    assert any("at most 2 groups" in note for note in paired["notes"])
     reverse = cells(ask("ablation", folder, "--split", "test", "--rows", "100", "--off", "outside"))
     assert reverse[0][3] == pytest.approx(0, abs=2e-6)
     assert reverse[1][3] == pytest.approx(z[0][0], abs=2e-6)
@@ -152,4 +172,6 @@ def test_a_run_that_trained_in_place(finished, ask):
 def test_what_is_refused(finished, refused):
     line = refused("ablation", finished("method=prompt_tuning"))
     assert "PromptTuning acts on the model as a whole, not on its layers one by one" in line
-    assert "--rows=0: a whole number from 1" in refused("ablation", finished(*LORA), "--rows", "0")
+    for option in ("--rows", "--groups"):
+        line = refused("ablation", finished(*LORA), option, "0")
+        assert f"{option}=0: a whole number from 1" in line

@@ -62,6 +62,7 @@ def test_two_runs_against_plain_transformers(finished, ask, tmp_path):
         ([row["gain, test bits/token"]], [row["forgotten bits/token"]]) for row in answer["rows"]
     ]
     assert points == expected
+    assert len(points) == len(answer["rows"]) > 1
 
 
 def test_who_learns_nothing_forgets_nothing(finished, ask):

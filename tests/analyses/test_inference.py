@@ -136,6 +136,11 @@ def test_runs(finished, ask, refused):
     assert rows["ladder", "adapted"]["decode ms/token"] is None
     assert rows["ladder", "adapted"]["to frozen"] is None
     assert any("No decode for ladder" in note for note in answer["notes"])
+    assert any("No merged model for ladder" in note for note in answer["notes"])
+    ratios = {trace["name"]: trace for trace in answer["figures"][1]["traces"]}
+    assert ratios.keys() == {"adapted", "merged"}
+    assert [name.split()[0] for name in ratios["adapted"]["x"]] == ["lora", "prompt_tuning"]
+    assert ratios["merged"]["y"] == [rows["lora", "merged"]["to frozen"]]
     assert rows["ladder", "adapted"]["extra, prefill MFLOP"] > 0
     length = rows["prompt_tuning", "adapted"]["positions"]
     assert length == 20

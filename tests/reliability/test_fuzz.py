@@ -162,6 +162,17 @@ def test_overrides(words):
         assert files == [], files
 
 
+@pytest.mark.parametrize("word", ["dataset=[[]]", "method=[1,2]", "optimizer=7"])
+def test_a_group_given_something_else(word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", word]) == 2
+    group, _, value = word.partition("=")
+    shown = value.replace(",", ", ")
+    line = capsys.readouterr().err
+    assert line.startswith(f"peftlab: {group}={shown}: one of ") and line.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(HOME / "peftlab" / "assets" / "tiny_gpt2")

@@ -1,10 +1,16 @@
 """A W&B server that misbehaves in each way: training never waits or fails, nothing is lost."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
+from filelock import FileLock
 from test_tracking import (
+    CONFIG,
+    DRIVER,
     ROWS,
     RUN_ID,
     command,
@@ -15,7 +21,7 @@ from test_tracking import (
     folders,
     start,
 )
-from wandb_stub import KEY, Stub, _Handler
+from wandb_stub import HISTORY, KEY, Stub, _Handler
 
 SLOW_S = 30.0
 INIT_S, FINISH_S = 3, 2
@@ -76,7 +82,9 @@ WAYS = {
     "slow stream": (200, 200),
     "HTML": (200, 200),
 }
+REFUSALS = [(403, 0), (403, 10)]  # status, rows accepted before
 if os.environ.get("PEFTLAB_FAULTS") == "all":  # each takes ten seconds
+    REFUSALS += [(status, 0) for status in (400, 401, 404, 409, 410)]
     WAYS |= {
         "no HTTP": (200, 200),
         "hangs up": (200, 200),
@@ -112,3 +120,72 @@ def test_training_neither_waits_nor_fails_and_the_record_is_uploaded_later(how, 
         done = command("sync", tmp_path / "outputs", env=environment(tmp_path, good.url, KEY))
         assert done.returncode == 0, done.stderr
         assert good.runs[RUN_ID].history == [expected(row) for row in ROWS]
+
+
+OFTEN = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds; W&B's own are 15
+LONG = "x" * 70_000  # in the config: no block of a record holds it
+
+
+def steps_of(run):
+    return [json.loads(line)["_step"] for _, line in sorted(run.lines[HISTORY].items())]
+
+
+@pytest.mark.parametrize(("status", "n_accepted"), REFUSALS)
+def test_rows_that_the_server_refuses_are_kept(status, n_accepted, tmp_path):
+    with Stub() as server:
+        server.stream_status, server.stream_breaks_after = status, int(n_accepted > 0)
+        run_dir = tmp_path / "outputs" / "one"
+        env = environment(tmp_path, server.url, KEY, **OFTEN)
+        begin = start(run_dir)
+        begin[2]["run"]["config"] = CONFIG | {"text": LONG}
+        steps = [begin, ["log", str(run_dir), ROWS[:10]], ["sleep", "", 3 * int(n_accepted > 0)]]
+        steps += [["log", str(run_dir), ROWS[10:]], finish(run_dir)]
+        (*_, finished), shown = drive(steps, env)
+        kept = "the run is recorded offline, `peftlab sync` uploads it\n"
+        assert shown == f"W&B: the server holds {n_accepted} of 44 rows; {kept}"
+        assert finished < 15
+        assert folders(run_dir) == ["offline-run"]
+        run = server.runs[RUN_ID]
+        assert run.history == [expected(row) for row in ROWS[:n_accepted]]
+        if n_accepted == 0:  # W&B's own sync calls it uploaded
+            refused = command("sync", tmp_path / "outputs", env=env)
+            assert refused.returncode == 1
+            lines = refused.stdout.splitlines()
+            assert lines == [f"failed    {run_dir}", "0 uploaded, 0 already there, 1 failed"]
+            assert f"{run_dir}: the server holds 0 of 44 rows\n" in refused.stderr
+        server.stream_status = 200
+        done = command("sync", tmp_path / "outputs", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert run.history == [expected(row) for row in ROWS]
+        assert steps_of(run) == list(range(44))
+        assert run.config["text"] == LONG
+        assert (run.summary["status"], run.exit_code, run.uploads) == ("completed", 0, 1)
+
+
+def test_a_killed_online_run_is_uploaded_and_goes_on(tmp_path):
+    with Stub() as server:
+        run_dir = tmp_path / "outputs" / "one"
+        env = environment(tmp_path, server.url, KEY, **OFTEN)
+        steps = [start(run_dir), ["log", str(run_dir), ROWS[:10]], ["sleep", "", 3]]
+        server.stream_status, server.stream_breaks_after = 500, 1
+        steps += [["log", str(run_dir), ROWS[10:20]], ["sleep", "", 2], ["be killed", "", None]]
+        killed = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(steps)], env=env)
+        assert killed.returncode == -9
+        run = server.runs[RUN_ID]
+        assert run.history == [expected(row) for row in ROWS[:10]]
+        server.stream_status = 200
+        with FileLock(run_dir / ".lock"):  # a run that goes on is left alone
+            spared = command("sync", tmp_path / "outputs", env=env)
+        assert spared.stdout == f"goes on   {run_dir}\n0 uploaded, 0 already there, 0 failed\n"
+        assert len(run.history) == 10
+        done = command("sync", tmp_path / "outputs", env=env)
+        assert done.stdout == f"uploaded  {run_dir}\n1 uploaded, 0 already there, 0 failed\n"
+        assert run.history == [expected(row) for row in ROWS[:20]]
+        assert run.exit_code != 0
+
+        (run_dir / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:15]))
+        drive([start(run_dir), ["log", str(run_dir), ROWS[15:]], finish(run_dir)], env)
+        assert run.history == [expected(row) for row in ROWS]
+        assert steps_of(run) == list(range(44))
+        assert (run.summary["status"], run.exit_code) == ("completed", 0)
+        assert folders(run_dir) == ["run"]

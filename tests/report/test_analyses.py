@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 from chromium import BINARY, Chromium
@@ -9,7 +10,7 @@ from made import make
 
 from peftlab.__main__ import main
 from peftlab.analysis import Analysis, Axis, Column, Figure, bars, heat, line
-from peftlab.analyze import write
+from peftlab.analyze import questions, write
 from peftlab.recorded import Record
 from peftlab.report.analyses import given, read_analysis
 from peftlab.report.records import BrokenFile, read_runs
@@ -195,3 +196,55 @@ def test_on_the_page(runs, browser, capsys):
     assert not [
         url for url in browser.requests if not url.startswith(("file:", "data:", "blob:", "about:"))
     ]
+
+
+QUICK = {  # question -> its runs, and what makes it quick
+    "ablation": ("lora", "--rows", "2"),
+    "amplification": ("lora",),
+    "factors": ("lora",),
+    "forgetting": ("lora", "wide", "--source", "pydoc", "--rows", "2"),
+    "inference": ("lora", "--rounds", "2", "--tokens", "2", "--prompt", "4"),
+    "intrinsic": ("lora", "wide", "--dimension", "rank", "--reference", "full"),
+    "memory": ("lora", "full"),
+    "spectrum": ("lora",),
+    "subspace": ("lora", "wide", "full"),
+}
+
+
+def test_every_analysis_is_drawn(finished, session_folder, tmp_path, browser, monkeypatch):
+    """Real answers of real runs: a figure for each, nothing empty, no complaint, no request."""
+    monkeypatch.setenv("PEFTLAB_CACHE", str(session_folder / "cache"))
+    assert QUICK.keys() == questions().keys()
+    made = {
+        "lora": ("method=lora", "method.rank=2", "seed=0"),
+        "wide": ("method=lora", "method.rank=4", "seed=0"),
+        "full": ("method=full",),
+    }
+    for name, overrides in made.items():
+        shutil.copytree(finished(*overrides), tmp_path / "runs" / name)
+    for question, words in QUICK.items():
+        given_words = [str(tmp_path / "runs" / word) if word in made else word for word in words]
+        assert main(["analyze", question, *given_words]) == 0
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "runs"), "-o", str(page)]) == 0
+    browser.open(page.as_uri())
+    titles = "[...document.querySelectorAll('.analysis h3')].map((node) => node.textContent)"
+    asked = {title.partition(":")[0] for title in browser.evaluate(titles)}
+    assert asked >= QUICK.keys()
+    drawn = browser.evaluate(
+        "Object.values(figures).filter((f) => f.id.startsWith('analysis-')).map((f) => ["
+        "f.title, f.plot.querySelectorAll('.trace, .hm').length, f.plot._fullLayout.height])"
+    )
+    assert len(drawn) >= len(QUICK)
+    assert all(marks > 0 and height > 200 for _, marks, height in drawn), drawn
+    maps = browser.evaluate(
+        "Object.values(figures).filter((f) => f.title.startsWith('φ between runs'))"
+        ".map(({ plot }) => [plot.data[0].zmin, plot.data[0].zmax, plot.data[0].z.flat()])"
+    )
+    cells = [cell for _, _, z in maps for cell in z if cell is not None]
+    assert [found[:2] for found in maps] == [[min(cells), max(cells)]] * 2
+    for width in (1280, 390):
+        browser.resize(width, 844)
+        browser.wait(f"document.documentElement.scrollWidth <= {width}")
+    assert browser.console == []
+    assert {url.partition(":")[0] for url in browser.requests} <= {"file", "data", "blob", "about"}

@@ -23,7 +23,8 @@ function drawAnalyses(view) {
   byId("analyses-body").replaceChildren(...analyses.map(analysisPart));
   analyses.forEach((analysis, n) => analysis.figures.forEach((figure, m) => {
     addFigure(`analysis-${n}-${m}`, {
-      place: `figures-analysis-${n}`, title: figure.title, build: () => builtFigure(figure),
+      place: `figures-analysis-${n}`, title: figure.title,
+      build: () => builtFigure(figure, analysis.figures),
     });
   }));
 }
@@ -45,7 +46,9 @@ function analysisPart(analysis, n) {
 
 /** An axis; the labels of categories are cut, their names stay whole. */
 function analysisAxis({ title, type }, values) {
-  if (type !== "category") return axis(plain(title), type === "log" ? { type, dtick: 1 } : { type });
+  if (type !== "category") {
+    return axis(plain(title), type === "log" ? { type, dtick: 1, tickformat: ",~g" } : { type });
+  }
   const most = narrow() ? LABEL.narrow : LABEL.wide;
   const names = unique(values.map(String));
   const cut = (name) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
@@ -53,7 +56,23 @@ function analysisAxis({ title, type }, values) {
     ticktext: names.map((name) => plain(cut(name))) });
 }
 
-function builtFigure(figure) {
+/** The range of all maps of one analysis that show the same: one colour, one number. */
+function colourRange(name, all) {
+  const maps = all.flatMap(({ traces }) => traces)
+    .filter((trace) => trace.type === "heatmap" && trace.name === name);
+  const cells = maps.flatMap(({ z }) => z.flat()).filter((cell) => cell !== null);
+  return { zmin: Math.min(...cells), zmax: Math.max(...cells) };
+}
+
+const LEGEND_LINE = 19; // pixels
+
+/** The height of a figure with a legend above: the plot keeps its own however many names there are. */
+function heightWith(names) {
+  const perLine = narrow() ? 1 : 4;
+  return 380 + LEGEND_LINE * Math.max(0, Math.ceil(names / perLine) - 2);
+}
+
+function builtFigure(figure, all) {
   const values = (key) => figure.traces.flatMap((trace) => trace[key]);
   const kept = (axisOf, cells) =>
     cells.map((cell) => (axisOf.type === "category" ? plain(cell) : cell));
@@ -64,7 +83,7 @@ function builtFigure(figure) {
     if (trace.type === "heatmap") {
       const cells = trace.x.length * trace.y.length;
       return { ...shared, z: trace.z, colorscale: "Viridis", hoverongaps: false, xgap: 1, ygap: 1,
-        texttemplate: cells <= 80 ? "%{z:.2~f}" : "",
+        ...colourRange(trace.name, all), texttemplate: cells <= 80 ? "%{z:.2~f}" : "",
         colorbar: { title: { text: plain(trace.name), side: "right" }, thickness: 12 },
         hovertemplate: "%{x}, %{y}<br>%{z:.4~g}<extra></extra>" };
     }
@@ -73,11 +92,12 @@ function builtFigure(figure) {
     return { ...shared, ...looks, hovertemplate: "%{x}: %{y:.4~g}<extra>%{fullData.name}</extra>" };
   });
   const maps = figure.traces.filter((trace) => trace.type === "heatmap");
-  const named = figure.traces.length > 1 && !maps.length;
+  const named = !maps.length;
   return {
     traces,
     layout: layout(analysisAxis(figure.x, values("x")), analysisAxis(figure.y, values("y")),
-      { showlegend: named, legend: LEGEND, barmode: "group" }),
+      { showlegend: named, legend: LEGEND, barmode: "group",
+        ...(named ? { height: heightWith(figure.traces.length) } : {}) }),
     caption: figure.caption,
     head: maps.length ? [`${figure.y.title || "Row"}`, ...maps[0].x.map(String)]
       : ["Name", figure.x.title || "x", figure.y.title || "y"],
