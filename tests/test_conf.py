@@ -2,13 +2,18 @@
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from optuna.distributions import FloatDistribution
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hydra_plugins.peftlab_sweeper._space import read_space
+from peftlab.backbone import conv1d_to_linear
 from peftlab.cards import method_names
 from peftlab.config import HOME, check, resolve, run_name
+from peftlab.parts import build_method
 from peftlab.train import CONF
 
 GROUPS = ("model", "method", "optimizer", "dataset", "tracking")
@@ -76,6 +81,33 @@ def test_every_method_can_be_tuned(name):
         assert OmegaConf.select(config, parameter.name) is not None
         first = parameter.values()[0] if parameter.texts else parameter.distribution.low
         compose(f"method={name}", parameter.override(first))
+
+
+@pytest.fixture(scope="module")
+def skeletons():
+    """The two packaged models without numbers, by their sizes."""
+    smollm2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    smollm2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=100, **smollm2))
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=192, n_layer=4, n_head=3))
+        conv1d_to_linear(gpt2)
+    return [net.requires_grad_(False) for net in (llama, gpt2)]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_no_choice_of_a_search_is_refused_by_a_packaged_model(name, skeletons):
+    """A study that draws such a point ends without having tuned its method."""
+    method = OmegaConf.to_container(compose(f"method={name}").method, resolve=True)
+    space = read_space([], [method["search"]], {}, OverridesParser.create())
+    for parameter in space.parameters:
+        group, _, key = parameter.name.partition(".")
+        drawn = parameter.distribution
+        if group != "method" or isinstance(drawn, FloatDistribution):
+            continue
+        for value in parameter.texts or (drawn.low, drawn.high):
+            for net in skeletons:
+                build_method({**method, key: value}, net, None)
 
 
 def test_one_number_can_be_made_of_others():

@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import yaml
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hydra_plugins.peftlab_sweeper._study import Book
-from peftlab.files import write_atomic
+from peftlab.files import to_yaml, write_atomic
 
 
 def counts(trials: Sequence[FrozenTrial]) -> dict[str, int]:
@@ -69,7 +68,7 @@ def write_results(book: Book, path: Path, *, storage: str, where: str) -> dict[s
         "directions": [direction.name.lower() for direction in study.directions],
         "n_trials": counts(book.trials()),
     }
-    write_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_atomic(path, to_yaml(content))
     return content
 
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, TaskFunction
@@ -21,7 +20,7 @@ from hydra_plugins.peftlab_sweeper._arms import read_arms
 from hydra_plugins.peftlab_sweeper._slots import Slots
 from hydra_plugins.peftlab_sweeper._view import View
 from peftlab.errors import require
-from peftlab.files import write_atomic
+from peftlab.files import to_yaml, write_atomic
 from peftlab.trial import Task
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -74,7 +73,7 @@ class Sweep:
             finally:
                 results = {arm.label: arm.close() for arm in self.arms}
                 if "" not in results:
-                    content = yaml.safe_dump(_board(results), sort_keys=False, allow_unicode=True)
+                    content = to_yaml(_board(results))
                     write_atomic(self.folder / "optimization_results.yaml", content)
                 if hasattr(self.launcher, "close"):
                     self.launcher.close()

@@ -8,32 +8,55 @@ by chance alone. Methods that share a letter are not separated.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from statistics import fmean, variance
+from string import ascii_lowercase
 
 ALPHA = 0.05
 RULE = (
     "Methods that share a letter are not separated by their seeds (Welch's t-test on the train "
-    f"losses, Holm's correction over all pairs, {ALPHA:.0%} in all)."
+    f"losses, Holm's correction over all pairs, {ALPHA:.0%} in all). A range of places stands for "
+    "letters where they would be too many: behind all methods that are certainly better, before "
+    "all that are certainly worse."
 )
+MOST_LETTERS = 8  # in a table
 UNTESTED = "-"  # in place of letters: one seed cannot be separated from anything
 
 
 def tie_groups(values: Mapping[str, Sequence[float]]) -> dict[str, str]:
     """Return name -> letters, a for the lowest mean; two names that share one are a tie.
 
+    With more than MOST_LETTERS: name -> the places that it may have, "2-5".
     values: one number per seed; a name with fewer than two gets UNTESTED.
     """
     tested = sorted((n for n in values if len(values[n]) > 1), key=lambda n: fmean(values[n]))
     p = {pair: welch(values[pair[0]], values[pair[1]]) for pair in combinations(tested, 2)}
-    groups = _maximal(tested, rejected(p))
-    groups.sort(key=lambda group: [tested.index(name) for name in tested if name in group])
-    letters = {name: "" for name in tested}
-    for n, group in enumerate(groups):
+    apart = rejected(p)
+    told = _letters(tested, apart) or _places(tested, apart)
+    return {name: told.get(name, UNTESTED) for name in values}
+
+
+def _letters(names: Sequence[str], apart: set[tuple[str, str]]) -> dict[str, str] | None:
+    """Return the letters of names, best first, or None if there are too many."""
+    groups = _maximal(names, apart)
+    if len(groups) > MOST_LETTERS:
+        return None
+    groups.sort(key=lambda group: [names.index(name) for name in names if name in group])
+    letters = dict.fromkeys(names, "")
+    for letter, group in zip(ascii_lowercase, groups, strict=False):
         for name in group:
-            letters[name] += _letter(n)
-    return {name: letters.get(name, UNTESTED) for name in values}
+            letters[name] += letter
+    return letters
+
+
+def _places(names: Sequence[str], apart: set[tuple[str, str]]) -> dict[str, str]:
+    """Return the places that are left for names, best first."""
+    better = Counter(worse for _, worse in apart)
+    worse = Counter(better for better, _ in apart)
+    places = ((name, 1 + better[name], len(names) - worse[name]) for name in names)
+    return {name: str(a) if a == b else f"{a}-{b}" for name, a, b in places}
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
@@ -69,8 +92,3 @@ def _maximal(names: Sequence[str], apart: set[tuple[str, str]]) -> list[frozense
             if not any(candidate <= group for group in groups):
                 groups.append(candidate)
     return groups
-
-
-def _letter(n: int) -> str:
-    alphabet = "abcdefghijklmnopqrstuvwxyz"
-    return alphabet[n] if n < 26 else f"({n + 1})"

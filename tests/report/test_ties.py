@@ -53,7 +53,18 @@ def test_a_method_between_two_shares_a_letter_with_each(monkeypatch):
     assert groups == {"low": "a", "middle": "ab", "high": "b"}
 
 
-def test_letters_are_shared_by_exactly_the_pairs_that_are_not_separated():
+def test_too_many_letters_become_the_places_that_are_left(monkeypatch):
+    names = [f"m{n}" for n in range(20)]
+    far = {(a, b) for i, a in enumerate(names) for b in names[i + 3 :]}  # 18 groups of three
+    monkeypatch.setattr(ties, "rejected", lambda p: far)
+    groups = tie_groups({name: [n, n + 0.1] for n, name in enumerate(names)} | {"single": [1.0]})
+    assert groups["m0"] == "1-3" and groups["m1"] == "1-4" and groups["m2"] == "1-5"
+    assert groups["m10"] == "9-13" and groups["m19"] == "18-20"
+    assert groups["single"] == UNTESTED
+
+
+def test_letters_are_shared_by_exactly_the_pairs_that_are_not_separated(monkeypatch):
+    monkeypatch.setattr(ties, "MOST_LETTERS", 26)
     draw = random.Random(2)
     values = {
         f"m{n}": [draw.gauss(3 + n * 0.15, 0.02 + 0.1 * (n % 3)) for _ in range(3)]
