@@ -23,7 +23,9 @@ function binName(n) {
   const edge = (m) => inUnits(10 ** (m / HALF), [["M", 1e6], ["k", 1e3], ["", 1]]).trim();
   return `${edge(n)}–${edge(n + 1)}`;
 }
-const smallBinName = (n) => `${number(Number((10 ** (n / HALF)).toPrecision(1)))}+`;
+// 3e-4 and 1e-3 of a usual grid are neighbours
+const near = (value) => Math.round(Math.log10(value) * HALF);
+const nearName = (n) => number(Number((10 ** (n / HALF)).toPrecision(1)));
 
 addFigure("gamma-bars", {
   place: "figures-gamma", title: "Best loss at γ = 1 and above",
@@ -64,7 +66,7 @@ addFigure("gamma-map", {
     const means = settingMeans(view).filter(({ run }) => runs.gamma[run] > 0 && runs.lr[run] > 0);
     if (!means.length) return { empty: "No completed run of the methods shown has a boost γ." };
     const range = (values) => {
-      const bins = values.map(bin);
+      const bins = values.map(near);
       const low = Math.min(...bins);
       return Array.from({ length: Math.max(...bins) - low + 1 }, (_, n) => low + n);
     };
@@ -72,12 +74,12 @@ addFigure("gamma-map", {
     const boosts = range(means.map(({ run }) => runs.gamma[run]));
     const cells = boosts.map(() => rates.map(() => null));
     for (const { run, loss } of means) {
-      const row = cells[bin(runs.gamma[run]) - boosts[0]];
-      const column = bin(runs.lr[run]) - rates[0];
+      const row = cells[near(runs.gamma[run]) - boosts[0]];
+      const column = near(runs.lr[run]) - rates[0];
       if (row[column] === null || loss < row[column]) row[column] = loss;
     }
-    const x = rates.map(smallBinName);
-    const y = boosts.map(smallBinName);
+    const x = rates.map(nearName);
+    const y = boosts.map(nearName);
     return {
       traces: [{
         type: "heatmap", x, y, z: cells, colorscale: "Viridis", reversescale: true, hoverongaps: false,
@@ -85,11 +87,11 @@ addFigure("gamma-map", {
         colorbar: { title: { text: "bits per token", side: "right" }, thickness: 12 },
         hovertemplate: "lr %{x}, γ %{y}<br>%{z:.3f} bits per token<extra></extra>",
       }],
-      layout: layout(axis("learning rate, from", { type: "category" }),
-        axis("γ, from", { type: "category" })),
-      caption: "The lowest train loss in each cell of half a decade of learning rate by half a decade " +
-        "of γ, of the methods shown; empty cells were not tried.",
-      head: ["γ from", ...x.map((name) => `lr ${name}`)],
+      layout: layout(axis("learning rate", { type: "category" }),
+        axis("γ", { type: "category" })),
+      caption: "The lowest train loss of the methods shown, learning rate and γ rounded to half a " +
+        "decade; empty cells were not tried.",
+      head: ["γ", ...x.map((name) => `lr ${name}`)],
       rows: y.map((name, n) => [name, ...cells[n].map((z) => (z === null ? "" : bits(z)))]),
     };
   },
