@@ -1,8 +1,9 @@
 """Estimate memory and time of a training step for models of 1, 8 and 70 billion parameters.
 
-    python scripts/estimate_sizes.py TOKENS_PER_S
+    python scripts/estimate_sizes.py TOKENS_PER_S [METHOD ...]
 
-TOKENS_PER_S: those of a LoRA step on SmolLM2, measured here by `scripts/bench.py steps`.
+TOKENS_PER_S: those of a LoRA step on SmolLM2, measured here by `scripts/bench.py steps`. Some
+minutes of a core for each method, most of them for the 70 billion.
 
 Memory is `peftlab.estimate`: shapes only. Time is the number of floating-point operations of the
 step, counted over tensors without data, at the rate that the measured step had: it assumes that a
@@ -34,7 +35,8 @@ def main() -> int:
     """Print the table."""
     rate = float(sys.argv[1])
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        configs = {name: resolve(hydra.compose("config", [f"method={name}"])) for name in METHODS}
+        names = dict.fromkeys(["lora", *(sys.argv[2:] or METHODS)])  # LoRA gives the rate
+        configs = {name: resolve(hydra.compose("config", [f"method={name}"])) for name in names}
     smollm2 = AutoConfig.from_pretrained(locate(configs["lora"]["model"])[0])
     models = {"SmolLM2": smollm2, **{name: llama(*sizes) for name, sizes in MODELS.items()}}
     where = {"rows": ROWS, "length": LENGTH, "precision": "bf16"}

@@ -9,6 +9,7 @@ seeds; the test split decides nothing.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from peftlab.report.records import Found, Record
 from peftlab.report.ties import tie_groups
 
 TRIED = ("completed", "diverged", "pruned")  # a failed run says nothing about its setting
+FEW_RATES = 5  # with fewer learning rates nothing is said about their ends
+END = 0.05  # of the range of learning rates tried, on a log scale: its end
 
 
 class Kind(NamedTuple):
@@ -68,6 +71,12 @@ class Setting:
         return measure([r.test for r in self.runs if r.test is not None])
 
     @property
+    def lr(self) -> float | None:
+        """Peak learning rate."""
+        lr = self.records[0].config.get("optimizer.lr")
+        return lr if isinstance(lr, int | float) and lr > 0 else None
+
+    @property
     def tuned_to(self) -> float | None:
         """What the tuning saw: the mean without confirming runs; None if it did not complete."""
         values = [r.train for r in self.tuning if r.train is not None]
@@ -94,6 +103,15 @@ class Contender:
     def n_trials(self) -> int:
         """How many settings were tried: the tuning effort."""
         return sum(any(r.status in TRIED for r in s.records) for s in self.settings)
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the best learning rate is at an end of those tried: others were not tried."""
+        rates = {s.lr for s in self.settings if s.lr is not None}
+        if len(rates) < FEW_RATES or self.best is None or self.best.lr is None:
+            return False
+        low, high, best = (math.log(rate) for rate in (min(rates), max(rates), self.best.lr))
+        return not END < (best - low) / (high - low) < 1 - END
 
     @property
     def outcome(self) -> str:
@@ -139,6 +157,11 @@ class Board:
         if len(set(trials)) > 1:
             notes.append(
                 f"Not tuned equally hard: {min(trials)} to {max(trials)} trials per method."
+            )
+        if ends := [contender.label for contender, _ in self.ranked if contender.at_an_end]:
+            notes.append(
+                "Best learning rate at an end of those tried, so that others may do better: "
+                f"{', '.join(ends)}."
             )
         if len(self.ranked) > 1 and all(len(s.runs) < 2 for _, s in self.ranked):
             notes.append("One seed each: no two methods can be separated.")

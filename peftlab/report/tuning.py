@@ -131,11 +131,10 @@ def learning_rates(contender: Contender, base: float) -> LearningRates | None:
     reached: dict[float, float] = {}
     n_trials = 0
     for setting in contender.settings:
-        lr = setting.records[0].config.get("optimizer.lr")
-        if isinstance(lr, int | float) and lr > 0:
+        if setting.lr is not None:
             n_trials += 1
             value = math.inf if setting.tuned_to is None else setting.tuned_to
-            reached[lr] = min(value, reached.get(lr, math.inf))
+            reached[setting.lr] = min(value, reached.get(setting.lr, math.inf))
     if len(reached) < 2 or min(reached.values()) >= base:
         return None
     best = min(reached, key=lambda lr: reached[lr])

@@ -31,6 +31,21 @@ def test_the_best_is_chosen_by_train_loss_never_by_test(tmp_path):
     assert "1 to 2 trials" in board.notes[0] and "One seed each" in board.notes[1]
 
 
+def test_a_best_rate_at_the_end_of_those_tried_is_told(tmp_path):
+    def tune(method, best, rates=(1e-5, 1e-4, 1e-3, 5e-3, 1e-2)):
+        for n, lr in enumerate(rates):
+            train = 3.0 if lr == best else 4.0
+            make(tmp_path / method / str(n), method, train=train, config={"optimizer.lr": lr})
+
+    tune("top", 1e-2)
+    tune("below_the_top", 5e-3)  # 0.1 of the range from its end
+    tune("bottom", 1e-5)
+    tune("few", 1e-2, rates=(1e-5, 1e-4, 1e-3, 1e-2))
+    ((board,), _) = boards(tmp_path)
+    (told,) = (note for note in board.notes if "learning rate" in note)
+    assert told.endswith("others may do better: bottom, top.")
+
+
 def test_seeds_of_a_setting_are_averaged_and_counted_once(tmp_path):
     for seed, train in enumerate((3.0, 3.2, 3.7)):
         make(tmp_path / f"s{seed}", train=train, seed=seed)
