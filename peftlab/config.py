@@ -171,6 +171,10 @@ def check(resolved: Mapping) -> None:
     at_least(resolved, "seed", 0)
     at_least(resolved, "batch", 1)
     at_least(resolved, "micro_batch", 1)
+    # The rest of the data set is for data.py; this much the model is asked before it is read.
+    at_least(
+        {"dataset.block_length": resolved["dataset"]["block_length"]}, "dataset.block_length", 2
+    )
     micro, batch = resolved["micro_batch"], resolved["batch"]
     require(micro <= batch, "micro_batch", micro, f"at most batch ({batch})")
     if resolved["threads"] is not None:
