@@ -214,6 +214,7 @@ def _check_shape(resolved: Mapping) -> None:
     for key in ("name", "block_length"):  # the others are for data.py
         found = key in resolved["dataset"]
         require(found, f"dataset.{key}", "nothing", "a key that every data set has")
+    require("sites" in resolved["method"], "method.sites", "nothing", "a key that every method has")
     for group in ("method", "optimizer", "tracking"):
         _check_target(group, resolved[group])
     for key in SCHEDULED:
