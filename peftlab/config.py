@@ -56,7 +56,10 @@ def resolve(config: DictConfig) -> dict:
     try:
         resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise refusal(error) or error from error
+        refused = refusal(error)
+        if refused is None:
+            raise  # not "from" itself: nobody would come to the end of its causes
+        raise refused from error
     assert isinstance(resolved, dict)
     if resolved["precision"] == "auto":
         from peftlab.backbone import fast_bf16, resolve_device

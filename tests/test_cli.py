@@ -58,6 +58,7 @@ BAD = {
     "epochs=0": ("epochs=0", "at least 1"),
     "seed=-1": ("seed=-1", "at least 0"),
     "batch=0": ("batch=0", "at least 1"),
+    "~method.lr": ("method.lr", "not found"),
     "~method.sites": ("method.sites=nothing", "a key that every method has"),
     "dataset.block_length=null": ("dataset.block_length=None", "a whole number, at least 2"),
     "micro_batch=99": ("micro_batch=99", "at most batch"),
