@@ -50,16 +50,13 @@ OBJECTIVES = {
 def resolve(config: DictConfig) -> dict:
     """Return the config as plain dicts, all interpolations and `precision: auto` resolved.
 
-    Raises: InputError if a resolver of ours refuses what it is given.
+    Raises: InputError if a resolver of ours refuses what it is given, or a value is missing.
     """
     bare = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:
         resolved = OmegaConf.to_container(bare, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        refused = refusal(error)
-        if refused is None:
-            raise  # not "from" itself: nobody would come to the end of its causes
-        raise refused from error
+        raise refusal(error) or InputError(" ".join(str(error).split())) from error
     assert isinstance(resolved, dict)
     if resolved["precision"] == "auto":
         from peftlab.backbone import fast_bf16, resolve_device
