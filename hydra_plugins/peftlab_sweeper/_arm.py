@@ -25,6 +25,7 @@ from hydra_plugins.peftlab_sweeper._results import confirmed, ranking, write_res
 from hydra_plugins.peftlab_sweeper._samplers import Suggester
 from hydra_plugins.peftlab_sweeper._space import Point, read_space
 from hydra_plugins.peftlab_sweeper._study import FINISHED, Book, directions_of
+from hydra_plugins.peftlab_sweeper._widen import check_widen
 from peftlab.config import NOT_IDENTITY, at_least, check_name
 from peftlab.errors import InputError, require
 from peftlab.pruning import check_pruner
@@ -74,8 +75,9 @@ class Arm:
         pruner = _pruner(settings.pruner)
         check_pruner(pruner, len(self.directions))
         enqueue = [self.space.read_point(entry) for entry in plain(settings.enqueue) or []]
+        widen = check_widen(plain(settings.widen), self.space, self.directions)
         self.suggester = Suggester(
-            self.space, settings.sampler, pruner, settings.seed, enqueue, self.directions
+            self.space, settings.sampler, pruner, settings.seed, enqueue, self.directions, widen
         )
         self.facts = self._compose()
         self.returns: deque[JobReturn] = deque(maxlen=RETURNS)  # each holds two whole configs
@@ -119,7 +121,7 @@ class Arm:
             if n_trials is not None and self.n_taken >= n_trials:
                 return None
             suggestion = self.suggester.next(self.book.study)
-            return None if suggestion is None else self.book.add(suggestion, self.space)
+            return None if suggestion is None else self.book.add(suggestion)
 
     def jobs(self, launch: Launch, number: int) -> Callable[[], list[JobReturn]]:
         """Return the work of a trial: to be called in any thread."""

@@ -17,6 +17,7 @@ import optuna
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
@@ -24,6 +25,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hydra_plugins.peftlab_sweeper._space import Point, Space, identity
+from hydra_plugins.peftlab_sweeper._widen import widened
 from peftlab.errors import InputError
 
 ATTEMPTS = 20  # draws by the sampler until a point is new, then as many at random
@@ -38,6 +40,7 @@ class Suggestion:
     """A point, and what the sampler wants to remember with it."""
 
     point: Point
+    distributions: Mapping[str, BaseDistribution]  # that it was drawn from
     enqueued: str | None = None  # identity of the entry of `enqueue` that it comes from
     trial_attrs: Mapping[str, Any] = field(default_factory=dict)
     study_attrs: Mapping[str, Any] = field(default_factory=dict)
@@ -56,6 +59,7 @@ class Suggester:
     seed: int | None
     enqueue: Sequence[Point]
     directions: Sequence[StudyDirection]
+    widen: Mapping[str, float] = field(default_factory=dict)  # hydra.sweeper.widen
     # Trials that failed in an earlier session, by no fault of their point: a disk was full, say.
     # What was asked for by name, in a grid or enqueued, is tried again.
     again: set[int] = field(default_factory=set)
@@ -76,6 +80,7 @@ class Suggester:
 
     def _next(self, study: Study) -> Suggestion | None:
         trials = study.get_trials(deepcopy=False)
+        space = widened(self.space, trials, self.directions[0], self.widen)
         counted = [trial for trial in trials if trial.number not in self.again]
         tried = {identity(trial.params) for trial in counted}
         attempted = {trial.user_attrs.get("enqueued") for trial in counted}
@@ -83,19 +88,25 @@ class Suggester:
             if identity(entry) not in attempted:
                 whole = self.space.contains(entry)
                 if whole and identity(entry) not in tried:
-                    return Suggestion(dict(entry), identity(entry))
+                    return Suggestion(dict(entry), space.distributions(entry), identity(entry))
                 if not whole:
-                    return self._draw(study, trials, set(), entry)
+                    return self._draw(space, study, trials, set(), entry)
         if self.in_order:
             left = (p for p in self.space.grid() if identity(p) not in tried)
             point = next(left, None)
-            return None if point is None else Suggestion(point)
-        return self._draw(study, trials, {identity(trial.params) for trial in trials}, None)
+            return None if point is None else Suggestion(point, space.distributions(point))
+        known = {identity(trial.params) for trial in trials}
+        return self._draw(space, study, trials, known, None)
 
     def _draw(
-        self, study: Study, trials: Sequence[FrozenTrial], tried: set[str], entry: Point | None
+        self,
+        space: Space,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        tried: set[str],
+        entry: Point | None,
     ) -> Suggestion | None:
-        memory = self._copy(study, trials)
+        memory = self._copy(space, study, trials)
         for attempt in range(2 * ATTEMPTS):
             memory.sampler = self._sampler(len(trials), attempt)
             if attempt >= ATTEMPTS:  # the sampler insists on points that are known
@@ -103,11 +114,12 @@ class Suggester:
             if entry is not None:
                 memory.enqueue_trial(entry)
             trial = memory.ask()
-            point = self.space.draw(trial)
+            point = space.draw(trial)
             if identity(point) not in tried:
                 drawn = memory._storage.get_trial(trial._trial_id)
                 return Suggestion(
                     point,
+                    space.distributions(point),
                     None if entry is None else identity(entry),
                     {k: v for k, v in drawn.system_attrs.items() if k != "fixed_params"},
                     _attrs_of(memory),
@@ -115,7 +127,7 @@ class Suggester:
             memory.tell(trial, state=TrialState.FAIL)
         return None
 
-    def _copy(self, study: Study, trials: Sequence[FrozenTrial]) -> Study:
+    def _copy(self, space: Space, study: Study, trials: Sequence[FrozenTrial]) -> Study:
         """Copy the study into memory; a trial that diverged counts as the worst so far there."""
         memory = optuna.create_study(
             study_name=study.study_name, directions=self.directions, pruner=self.pruner
@@ -127,13 +139,13 @@ class Suggester:
             state, values = trial.state, trial.values
             if trial.user_attrs.get("diverged") and worst is not None:
                 state, values = TrialState.COMPLETE, worst
-            point = trial.params if self.space.contains(trial.params) else {}  # range was narrowed
+            point = trial.params if space.contains(trial.params) else {}  # range was narrowed
             memory.add_trial(
                 create_trial(
                     state=state if point else TrialState.FAIL,
                     values=values if point else None,
                     params=point,
-                    distributions=self.space.distributions(point),
+                    distributions=space.distributions(point),
                     system_attrs=trial.system_attrs,
                     intermediate_values=trial.intermediate_values,
                 )

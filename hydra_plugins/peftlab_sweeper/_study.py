@@ -139,7 +139,7 @@ class Book:
         self.storage.set_trial_user_attr(trial, "owner", self.owner)
         return True
 
-    def add(self, suggestion: Suggestion, space: Space) -> int:
+    def add(self, suggestion: Suggestion) -> int:
         """Enter a new trial, running, in one record; return its number."""
         attrs = {"owner": self.owner}
         if suggestion.enqueued is not None:
@@ -147,7 +147,7 @@ class Book:
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(suggestion.point),
-            distributions=space.distributions(suggestion.point),
+            distributions=dict(suggestion.distributions),
             user_attrs=attrs,
             system_attrs=dict(suggestion.trial_attrs),
         )

@@ -32,6 +32,9 @@ class SweeperConf:
     # or {label: [override, ...]}
     arms: Any = None
     when: Any = None  # {parameter: {other parameter: value or list of values}}: drawn only then
+    # {parameter: decades}: how far a range on a log scale may grow beyond each of its ends, half a
+    # decade at a time, while the best trial lies at that end
+    widen: Any = None
     enqueue: Any = None  # list of points, each {parameter: value}, to be tried first
     retries: int = 1  # further attempts at a trial that failed, from its checkpoint
     max_failures: int = 3  # trials that may fail, attempts exhausted, before the sweep stops

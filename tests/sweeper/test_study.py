@@ -6,46 +6,14 @@ import subprocess
 import sys
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
-from optuna.pruners import NopPruner
 from optuna.trial import TrialState
+from studies import book_of, play, space_of, suggester, value_of
 
-from hydra_plugins.peftlab_sweeper._samplers import Suggester
-from hydra_plugins.peftlab_sweeper._space import read_space
-from hydra_plugins.peftlab_sweeper._study import Book, directions_of
-from hydra_plugins.peftlab_sweeper.conf import SAMPLERS
 from peftlab.errors import InputError
 from peftlab.storage import open_storage
 
 WORDS = ("x=interval(-5,5)", "k=choice(1,2,3,4)", "letter=a,b")
 ENQUEUE = [{"x": 2, "letter": "b"}, {"x": 1, "k": 4, "letter": "a"}]
-
-
-def space_of(*words, when=None):
-    return read_space(words, [], when or {}, OverridesParser.create())
-
-
-def book_of(folder, url="journal:study.journal", directions=("minimize",)):
-    return Book(open_storage(url, folder), "study", directions_of(list(directions)), folder)
-
-
-def suggester(space, sampler="tpe", seed=7, enqueue=(), **settings):
-    node = OmegaConf.create({**SAMPLERS[sampler], **settings})
-    return Suggester(space, node, NopPruner(), seed, enqueue, directions_of("minimize"))
-
-
-def value_of(point):
-    return (point["x"] - 2) ** 2 + abs(point["k"] - 3)
-
-
-def play(folder, source, n, url="journal:study.journal", value=value_of):
-    """A session of a sweep: trials one after another until the study has n."""
-    with book_of(folder, url) as book:
-        for _ in range(n - len(book.trials())):
-            number = book.add(source.next(book.study), source.space)
-            book.complete(number, [[value(book.point(number))]])
-        return [trial.params for trial in book.trials()]
 
 
 FEW = {"tpe": {"n_startup_trials": 4}, "gp": {"n_startup_trials": 4}}
@@ -85,7 +53,7 @@ def test_a_space_without_new_points_is_exhausted(tmp_path):
     source = suggester(space_of("x=2", "k=1,2,3"))
     with book_of(tmp_path) as book:
         for _ in range(3):
-            book.complete(book.add(source.next(book.study), source.space), [[1.0]])
+            book.complete(book.add(source.next(book.study)), [[1.0]])
         assert sorted(t.params["k"] for t in book.trials()) == [1, 2, 3]
         assert source.next(book.study) is None
 
@@ -101,12 +69,12 @@ def test_a_diverged_trial_counts_as_the_worst_where_points_are_drawn(tmp_path):
     source = suggester(space_of("x=interval(-5,5)"))
     with book_of(tmp_path) as book:
         for value in (1.0, float("nan"), 7.0, 3.0, float("inf")):
-            book.complete(book.add(source.next(book.study), source.space), [[value]])
+            book.complete(book.add(source.next(book.study)), [[value]])
         assert [t.user_attrs.get("diverged", False) for t in book.trials()] == [
             *(False, True, False, False, True)
         ]
         assert [t.state.name[0] for t in book.trials()] == ["C", "P", "C", "C", "P"]
-        copy = source._copy(book.study, book.trials()).get_trials()
+        copy = source._copy(source.space, book.study, book.trials()).get_trials()
         assert [t.value for t in copy] == [1.0, 7.0, 7.0, 3.0, 7.0]
         assert {t.state for t in copy} == {TrialState.COMPLETE}
 
@@ -121,7 +89,7 @@ def test_a_narrowed_range_holds_for_new_points(tmp_path):
 def test_mean_and_spread_over_seeds(tmp_path):
     source = suggester(space_of(*WORDS))
     with book_of(tmp_path) as book:
-        book.complete(book.add(source.next(book.study), source.space), [[1.0], [2.0], [6.0]])
+        book.complete(book.add(source.next(book.study)), [[1.0], [2.0], [6.0]])
         (trial,) = book.trials()
     assert trial.value == 3.0
     assert trial.user_attrs["runs"] == [[1.0], [2.0], [6.0]]
@@ -134,7 +102,7 @@ from pathlib import Path
 from test_study import *
 source = suggester(space_of(*WORDS))
 book = book_of(Path(sys.argv[1])).__enter__()
-print(book.add(source.next(book.study), source.space), flush=True)
+print(book.add(source.next(book.study)), flush=True)
 sys.stdin.read()
 """
 
@@ -148,7 +116,7 @@ def test_a_living_sweepers_trials_are_its_own_and_a_dead_ones_go_on(tmp_path):
         source = suggester(space_of(*WORDS))
         with book_of(tmp_path) as book:
             assert book.reclaim() == []
-            assert book.add(source.next(book.study), source.space) == 1
+            assert book.add(source.next(book.study)) == 1
             other.kill()
             other.wait()
             assert book.reclaim() == [0]
@@ -186,7 +154,7 @@ def test_another_space_is_refused_with_the_difference_named(words, tmp_path):
         book.agree(source.space, {"epochs": 3})
         book.agree(space_of(*words.split()), {"epochs": 4})  # no trial yet
         book.agree(source.space, {"epochs": 3})
-        book.complete(book.add(source.next(book.study), source.space), [[1.0]])
+        book.complete(book.add(source.next(book.study)), [[1.0]])
         book.agree(space_of("x=interval(0,1)", *WORDS[1:]), {"epochs": 3})  # another range
         with pytest.raises(InputError) as error:
             book.agree(space_of(*words.split()), {"epochs": 3})
