@@ -64,8 +64,29 @@ def read_record(folder: Path) -> Record:
     require(not missing, "RUN", folder, f"of another version: config.yaml lacks {missing}")
     _check_targets(config)
     check(config)  # what a run would refuse, such as trust_remote_code
-    require(run_id(config) == recorded, "RUN", folder, "config.yaml is not that of result.json")
+    if run_id(config) != recorded:
+        try:
+            differs = next(_differing(config, result), "in what result.json has only as a hash")
+        except (AttributeError, LookupError, TypeError):  # result.json was edited
+            differs = "nor is that one as a run writes it"
+        raise InputError(f"RUN={folder}: config.yaml is not that of result.json, {differs}")
     return Record(folder, config, result, rows)
+
+
+def _differing(config: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of a config that are not as in its result, of those that a result repeats."""
+    repeated = {
+        "seed": result.get("seed"),
+        "precision": result.get("provenance", {}).get("precision"),
+        **{f"{g}.name": result.get(g, {}).get("name") for g in ("model", "dataset")},
+        **{f"method.{k}": v for k, v in result.get("method", {}).get("args", {}).items()},
+        **{f"optimizer.{k}": v for k, v in result.get("optimizer", {}).items()},
+    }
+    for key, recorded in repeated.items():
+        group, _, name = key.partition(".")
+        found = config[group].get(name) if name else config[group]
+        if found != recorded and name != "search":
+            yield f"{key} is {found}, was {recorded}"
 
 
 def read_exported(folder: Path) -> Record:

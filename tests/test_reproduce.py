@@ -80,7 +80,17 @@ def test_what_is_no_record(done, tmp_path, capfd):
         (folder / "config.yaml").write_text(yaml.safe_dump(changed))
 
     write(config | {"seed": 1})
-    refused("config.yaml is not that of result.json")
+    refused("config.yaml is not that of result.json, seed is 1, was 0")
+    for group, key in (("method", "sites"), ("optimizer", "lr")):
+        value = config[group][key]
+        write(config | {group: config[group] | {key: value + value}})
+        refused(f"{group}.{key} is {value + value}, was {value}")
+    write(config | {"batch": config["batch"] * 2})
+    refused("config.yaml is not that of result.json, in what result.json has only as a hash")
+    kept = (folder / "result.json").read_text()
+    edit(folder / "result.json", lambda r: r.update(method=["lora"]))
+    refused("config.yaml is not that of result.json, nor is that one as a run writes it")
+    (folder / "result.json").write_text(kept)
     write({k: v for k, v in config.items() if k != "compile"})
     refused("of another version: config.yaml lacks ['compile']")
     planted = tmp_path / "planted"
