@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from peftlab.method import Method, trainable
 from peftlab.optim import NetOptimizer, in_backward, schedule
 from peftlab.reuse import Reuse, reuse_of
 from peftlab.show import warn
-from peftlab.sites import find_sites, kinds_of
+from peftlab.sites import find_sites, kinds_of, most_positions
 
 THREADS = torch.get_num_threads()  # of this process, before any run has set them
 NOT_ARGUMENTS = ("_target_", "sites", "lr", "search")  # keys of conf/method that are for the run
@@ -116,7 +115,7 @@ def data_of(config: Mapping, backbone: Backbone) -> Data:
         batch=config["batch"],
         micro_batch=config["micro_batch"],
     )
-    most = getattr(backbone.net.config.get_text_config(), "max_position_embeddings", math.inf)
+    most = most_positions(backbone.net)
     rows = [row for split in (data.train, data.test) for row in split.examples]
     packed = [row.positions for row in rows if row.positions is not None]  # they begin again at 0
     longest = max([int(p.max()) + 1 for p in packed] or [len(row.ids) for row in rows])

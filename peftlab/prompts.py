@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from peftlab.errors import InputError, require
 from peftlab.method import Method, SiteMethod, full_precision
-from peftlab.sites import Site, decoder_blocks
+from peftlab.sites import Site, decoder_blocks, most_positions
 
 if TYPE_CHECKING:
     from peftlab.data import Batch
@@ -178,7 +177,7 @@ class PrefixMethod(SiteMethod):
 
 def check_room(model: PreTrainedModel, longest: int, length: int) -> None:
     """Require that `length` more positions fit into the model beside a row of `longest` tokens."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    most = most_positions(model)
     rows = f", the longest row takes {longest}" if longest else ""
     room = f"at most {max(most - longest, 0)} (the model has {most} positions{rows})"
     require(longest + length <= most, "method.length", length, room)

@@ -1,5 +1,6 @@
 """The linear layers of a backbone that a method may change, and what each is called."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -177,3 +178,8 @@ def decoder_blocks(backbone: nn.Module) -> tuple[str, int]:
         f"for this method one with one list of its {count} decoder blocks; it has {outermost}",
     )
     return outermost[0], count
+
+
+def most_positions(net: PreTrainedModel) -> float:
+    """Return how many positions the model has; infinity if its config names no limit."""
+    return getattr(net.config.get_text_config(), "max_position_embeddings", None) or math.inf

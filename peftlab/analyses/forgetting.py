@@ -33,8 +33,9 @@ from peftlab.bits import Tally
 from peftlab.config import HOME
 from peftlab.errors import InputError, require
 from peftlab.fit import evaluate
-from peftlab.parts import base_of, data_of
+from peftlab.parts import base_of, data_of, method_of
 from peftlab.recorded import Record, restore
+from peftlab.sites import most_positions
 
 OPTIONS = (
     Option("source", str, "kjv", "a data set of conf/dataset, not the one of the runs"),
@@ -51,6 +52,13 @@ def dataset(name: str) -> dict:
     known = sorted(path.stem for path in (HOME / "conf" / "dataset").glob("*.yaml"))
     require(name in known, "--source", name, f"one of {', '.join(known)}")
     return yaml.safe_load((HOME / "conf" / "dataset" / f"{name}.yaml").read_text())
+
+
+def fitting(text: dict, backbone: Backbone, runs: Sequence[Record]) -> dict:
+    """Return the source with rows no longer than the model has positions beside any run's own."""
+    taken = max(method_of(run.config, backbone).n_positions for run in runs)
+    most = most_positions(backbone.net) - taken
+    return {**text, "block_length": int(min(text["block_length"], most))}
 
 
 def source_loss(run: Record, backbone: Backbone, source: dict, rows: int) -> Tally:
@@ -83,6 +91,7 @@ def analyse(runs: Sequence[Record], *, source: str, rows: int) -> Analysis:
         if precision not in before:
             model = {**run.config["model"], "device": "auto"}
             bare = base_of({**run.config, "model": model})
+            text = fitting(text, bare, runs)
             before[precision] = source_loss(run, bare, text, rows).bits_per_token
         after = source_loss(run, restore(run), text, rows).bits_per_token
         gains = [
@@ -108,7 +117,11 @@ def analyse(runs: Sequence[Record], *, source: str, rows: int) -> Analysis:
             Column("gain, test", "bits/token"),
         ),
         rows=tuple(table),
-        notes=(f"Source: the first {rows} rows of the train split of {source}.", *NOTES),
+        notes=(
+            f"Source: the first {rows} rows of the train split of {source}, each cut to "
+            f"{text['block_length']} tokens.",
+            *NOTES,
+        ),
         figures=(
             Figure(
                 title=f"Gain against what was forgotten of {source}",

@@ -30,6 +30,7 @@ from peftlab.flops import FlopCounter
 from peftlab.method import NotMergeable, attached
 from peftlab.parts import base_of
 from peftlab.recorded import Record, restore
+from peftlab.sites import most_positions
 
 OPTIONS = (
     Option("prompt", int, 64, "tokens of the prompt"),
@@ -128,10 +129,10 @@ def costs(run: Record, *, prompt: int, tokens: int, rounds: int) -> Costs:
     net = restore(run).net
     method = attached(net)
     models = {"frozen": base_of(here).net, "adapted": net, "merged": _merged(run)}
-    limit = getattr(net.config.get_text_config(), "max_position_embeddings", None)
-    room = None if limit is None else limit - tokens - method.n_positions
+    limit = most_positions(net)
+    room = limit - tokens - method.n_positions
     told = f"at most {room}, as {run.folder}'s model has {limit} positions"
-    require(room is None or prompt <= room, "--prompt", prompt, told)
+    require(prompt <= room, "--prompt", prompt, told)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(net.config.get_text_config().vocab_size, (1, prompt), generator=generator)
     ids = ids.to(net.device)

@@ -82,3 +82,16 @@ def test_what_is_refused(finished, refused):
     line = refused("forgetting", folder, other, "--source", "pydoc")
     assert f"RUN={other}: a run on the data of {folder}, as the others" in line
     assert "--rows=0: a whole number from 1" in refused("forgetting", folder, "--rows", "0")
+
+
+def test_the_source_is_cut_to_what_every_run_can_hold(finished, ask):
+    own, length = finished(*LORA), 3
+    prompted = finished("method=prompt_tuning", f"method.length={length}", "seed=0")
+    most = load_backbone(read_record(own).config["model"], precision="fp32", block_length=8)
+    most = most.net.config.max_position_embeddings
+    assert dataset("kjv")["block_length"] > most  # the default source would not fit
+    answer = ask("forgetting", own, prompted, "--rows", 4)
+    assert f"each cut to {most - length} tokens." in " ".join(answer["notes"])
+    first, second = answer["rows"]
+    assert first["before bits/token"] == second["before bits/token"] > 1
+    assert first["after bits/token"] != second["after bits/token"]
