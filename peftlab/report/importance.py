@@ -12,7 +12,8 @@ from typing import Any
 from peftlab.report.boards import Board, Contender, Setting
 
 LEAST_TRIALS = 10  # completed ones: with fewer, an importance says nothing
-NOT_PARAMETERS = ("seed", "study", "threads", "output", "skip_finished", "objective")
+# method.lr is where optimizer.lr comes from unless that is set, as in every study
+NOT_PARAMETERS = ("seed", "study", "threads", "output", "skip_finished", "objective", "method.lr")
 LOG_RATIO = 30  # a parameter whose largest value is so many times its smallest is drawn on a log
 
 

@@ -22,7 +22,7 @@ ANSWER = Analysis(
     rows=((HOSTILE, 0.123456, 12345), ("b", None, 2)),
     notes=("first note", HOSTILE),
     figures=(
-        Figure(HOSTILE, HOSTILE, Axis("n", "log"), Axis("y"), (line("a", [1, 10], [2, 3.5]),)),
+        Figure(HOSTILE, HOSTILE, Axis("n", "log"), Axis("y"), (line("ΔW", [1, 10], [2, 3.5]),)),
         Figure(
             "bars",
             "two",
@@ -175,6 +175,9 @@ def test_on_the_page(runs, browser, capsys):
     assert browser.evaluate(f"{plot.format(1)}.data.map((t) => t.y)") == [[1, 2], [0.5, None]]
     assert browser.evaluate(f"{plot.format(1)}._fullLayout.xaxis.type") == "category"
     assert browser.evaluate(f"{plot.format(2)}.data[0].z") == [[1, 0, None], [0, 1, 0.5]]
+    colours = f"[{plot.format(0)}.data[0], ...{plot.format(1)}.data].map((t) => t.marker.color)"
+    change, weight, same = browser.evaluate(colours)  # ΔW, W, ΔW
+    assert change == same != weight
     ticks = browser.evaluate(f"{plot.format(2)}._fullLayout.yaxis.ticktext")
     assert ticks == ["a very long name of a run…", "2"]
     browser.evaluate("document.querySelector('#figure-analysis-0-2 summary').click()")

@@ -126,8 +126,9 @@ def test_few_trials_have_no_importance(tmp_path):
 
 def test_a_study_over_methods_has_the_method_as_parameter(tmp_path):
     for trial, method in enumerate(("lora", "ia3")):
-        make(tmp_path / "s" / str(trial), method, trial=trial)
-        make(tmp_path / "s" / f"{trial}-seed1", method, trial=trial, seed=1)
+        default = {"method.lr": 10.0**-trial}  # of the method; the run's own is optimizer.lr
+        make(tmp_path / "s" / str(trial), method, trial=trial, config=default)
+        make(tmp_path / "s" / f"{trial}-seed1", method, trial=trial, seed=1, config=default)
     (study,) = studies_of(one_board(tmp_path))
     assert [(p.name, sorted(p.values), p.scale) for p in study.parameters] == [
         ("method", ["ia3", "lora"], "category")

@@ -76,8 +76,10 @@ function builtFigure(figure, all) {
   const values = (key) => figure.traces.flatMap((trace) => trace[key]);
   const kept = (axisOf, cells) =>
     cells.map((cell) => (axisOf.type === "category" ? plain(cell) : cell));
-  const traces = figure.traces.map((trace, n) => {
-    const { colour, symbol } = look(n);
+  // one colour, one name: in all figures of an analysis
+  const names = unique(all.flatMap((other) => other.traces.map(({ name }) => name)));
+  const traces = figure.traces.map((trace) => {
+    const { colour, symbol } = look(names.indexOf(trace.name));
     const shared = { type: trace.type, name: plain(trace.name), x: kept(figure.x, trace.x),
       y: kept(figure.y, trace.y) };
     if (trace.type === "heatmap") {
