@@ -1,6 +1,6 @@
 """Time one whole study against the stack that a user would otherwise assemble: 15 minutes.
 
-    python scripts/bench_study.py [--trials 24] [--rows 48]
+    python scripts/bench_study.py [--trials 24] [--rows 48] [--data dataset=cmudict ...] [--pruner asha]
 
 A γ-LoRA study (lr, γ, rank) of SmolLM2-135M on the same rows, same steps, same objective (bits per
 token of the whole train split after three epochs):
@@ -106,15 +106,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--data", nargs="+", default=["dataset=cmudict"], metavar="OVERRIDE")
+    parser.add_argument("--pruner", default="asha", help="of peftlab's sweep; asha")
     known = parser.parse_args()
-    data = ["dataset=cmudict", f"dataset.train_size={known.rows}", "dataset.test_size=8"]
+    data = [*known.data, f"dataset.train_size={known.rows}", "dataset.test_size=8"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, data)
         stock = install_stock(folder / "stock")
         (folder / "app.py").write_text(APP)
         (folder / "app.yaml").write_text("lr: 1e-4\ngamma: 1.0\nrank: 8\n")
-        print(f"{known.trials} trials on {known.rows} rows, {CORES} cores\n")
+        words = " ".join(known.data)
+        print(f"{known.trials} trials on {known.rows} rows of {words}, {CORES} cores\n")
         print("| stack | minutes | x stock | best train bits per token | pruned |")
         print("| --- | ---: | ---: | ---: | ---: |")
         n_trials = f"hydra.sweeper.n_trials={known.trials}"
@@ -127,11 +130,16 @@ def main() -> int:
         print(f"| stock | {first / 60:.1f} | 1.00 | {best:.4f} | |", flush=True)
         words = space(lr="optimizer.lr", gamma="method.gamma", rank="method.rank")
         ours = [sys.executable, "-m", "peftlab", "train", "-m", "+sweeps=tune", *data, *words]
-        ours += ["method=gamma_lora", "tracking=none", n_trials, "hydra/sweeper/pruner=asha"]
+        ours += [
+            "method=gamma_lora",
+            "tracking=none",
+            n_trials,
+            f"hydra/sweeper/pruner={known.pruner}",
+        ]
         ours += ["hydra/launcher=peftlab_workers", f"hydra.launcher.n_jobs={CORES}"]
         second = timed(folder, [*ours, "hydra.sweep.dir=b"], threads=1)
         found = yaml.safe_load((folder / "b/optimization_results.yaml").read_text())
-        cells = ["peftlab", f"{second / 60:.1f}", f"{second / first:.3f}"]
+        cells = [f"peftlab, {known.pruner}", f"{second / 60:.1f}", f"{second / first:.3f}"]
         cells += [f"{found['best_value']:.4f}", str(found["n_trials"]["pruned"])]
         print("|", " | ".join(cells), "|", flush=True)
     return 0
