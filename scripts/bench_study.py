@@ -1,6 +1,6 @@
 """Time one whole study against the stack that a user would otherwise assemble: 15 minutes.
 
-    python scripts/bench_study.py [--trials 24] [--rows 48] [--data dataset=cmudict ...] [--pruner asha]
+    python scripts/bench_study.py [--trials 24] [--rows 48] [--data dataset=cmudict ...]
 
 A γ-LoRA study (lr, γ, rank) of SmolLM2-135M on the same rows, same steps, same objective (bits per
 token of the whole train split after three epochs):
