@@ -1,13 +1,26 @@
-"""A `.wandb` file, W&B's record of a run: what it says, and a copy of it with fewer rows."""
+"""A `.wandb` file, W&B's record of a run: what it says, and a copy of it with fewer rows.
+
+Such a file is a LevelDB log: after 7 bytes of its own come blocks of 32 KiB; in them pieces, each
+with a header of 7 bytes (checksum, length, kind); one or several pieces make a protobuf message.
+"""
 
 from __future__ import annotations
 
+import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peftlab.report.offline import BLOCK, FIRST, HEADER, LAST, MIDDLE, START, WHOLE, messages
+START = b":W&B\xe1\xbe\x00"  # name, magic number, version
+BLOCK = 32768
+HEADER = struct.Struct("<IHB")
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4  # kinds of pieces
+
+
+class NotARecord(ValueError):
+    """A file that is no record, or that was changed; the message is one line, without its name."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Said:
 def said(record: Path) -> Said:
     """Read a record as far as it is whole.
 
-    Raises: OSError; ValueError if it is no record, or of no run.
+    Raises: OSError; NotARecord if it is none, or of no run.
     """
     run, n_rows, ended = None, 0, False
     for message in messages(record.read_bytes()):
@@ -36,8 +49,41 @@ def said(record: Path) -> Said:
             case "exit":
                 ended = True
     if run is None:
-        raise ValueError("no run has begun in it")
+        raise NotARecord("no run has begun in it")
     return Said(run.entity or None, run.project, run.run_id, n_rows, ended)
+
+
+def messages(data: bytes) -> Iterator[Any]:
+    """Yield the messages of a .wandb file; what a kill has torn at its end is not one.
+
+    Raises: NotARecord if it does not begin as such a file, or a piece was changed.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2 as proto  # 1.4 s to import
+
+    if not data.startswith(START):
+        raise NotARecord("not a W&B record")
+    at, parts = len(START), b""
+    while at + HEADER.size <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < HEADER.size:  # the rest of a block that is too short for a header
+            at += left
+            continue
+        checksum, length, kind = HEADER.unpack_from(data, at)
+        piece = data[at + HEADER.size : at + HEADER.size + length]
+        if len(piece) < length or kind == 0:
+            return
+        if checksum != zlib.crc32(piece, zlib.crc32(bytes([kind]))):
+            raise NotARecord(f"a piece at byte {at} was changed")
+        at += HEADER.size + length
+        parts = piece if kind in (WHOLE, FIRST) else parts + piece
+        if kind in (WHOLE, LAST):
+            message = proto.Record()  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                message.ParseFromString(parts)
+            except DecodeError as error:
+                raise NotARecord(f"the message that ends at byte {at} is none of W&B") from error
+            yield message
 
 
 def copy_without(n_rows: int, record: Path, target: Path) -> None:

@@ -1,7 +1,5 @@
 """W&B's offline records as runs: read without a server, from the `.wandb` files alone.
 
-Such a file is a LevelDB log: after 7 bytes of its own come blocks of 32 KiB; in them pieces, each
-with a header of 7 bytes (checksum, length, kind); one or several pieces make a protobuf message.
 A record knows no sha256 of the model and no fingerprint of the data: their settings stand in for
 these, marked so that such runs are never taken for runs whose hashes are known.
 """
@@ -10,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,8 @@ from typing import Any
 from peftlab.config import method_name, run_id
 from peftlab.errors import require
 from peftlab.report.records import BrokenFile, Found, Record, finite, flatten, record_of, told
+from peftlab.wandb_record import NotARecord, messages
 
-START = b":W&B\xe1\xbe\x00"  # name, magic number, version
-BLOCK = 32768
-HEADER = struct.Struct("<IHB")
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4  # kinds of pieces
 STAND_IN = "wb"  # begins what stands in for a hash
 NOTE = (
     "W&B records hold no hash of model and data: runs are compared where the settings of both are "
@@ -57,17 +50,20 @@ def read_wandb(file: Path) -> Record:
     summary: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
     about: dict[str, str] = {}
-    for message in messages(file.read_bytes()):
-        match message.WhichOneof("record_type"):
-            case "run":
-                about = {"name": message.run.display_name, "study": message.run.run_group}
-                config |= _items(message.run.config.update)
-            case "config":
-                config |= _items(message.config.update)
-            case "summary":
-                summary |= _items(message.summary.update)
-            case "history":
-                history.append(_items(message.history.item))
+    try:
+        for message in messages(file.read_bytes()):
+            match message.WhichOneof("record_type"):
+                case "run":
+                    about = {"name": message.run.display_name, "study": message.run.run_group}
+                    config |= _items(message.run.config.update)
+                case "config":
+                    config |= _items(message.config.update)
+                case "summary":
+                    summary |= _items(message.summary.update)
+                case "history":
+                    history.append(_items(message.history.item))
+    except NotARecord as error:
+        raise BrokenFile(str(error)) from error
     config.pop("_wandb", None)
     if "status" not in summary:
         raise BrokenFile("no status: the run has not ended")
@@ -82,39 +78,6 @@ def read_wandb(file: Path) -> Record:
         {**result, "run_id": identity}, flatten(config), folder, lambda: rows(history)
     )
     return replace(record, sweep=result["study"] and f"W&B {result['study']}", in_folder=False)
-
-
-def messages(data: bytes) -> Iterator[Any]:
-    """Yield the messages of a .wandb file; what a kill has torn at its end is not one.
-
-    Raises: BrokenFile if it does not begin as such a file, or a piece was changed.
-    """
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2 as proto  # 1.4 s to import
-
-    if not data.startswith(START):
-        raise BrokenFile("not a W&B record")
-    at, parts = len(START), b""
-    while at + HEADER.size <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < HEADER.size:  # the rest of a block that is too short for a header
-            at += left
-            continue
-        checksum, length, kind = HEADER.unpack_from(data, at)
-        piece = data[at + HEADER.size : at + HEADER.size + length]
-        if len(piece) < length or kind == 0:
-            return
-        if checksum != zlib.crc32(piece, zlib.crc32(bytes([kind]))):
-            raise BrokenFile(f"a piece at byte {at} was changed")
-        at += HEADER.size + length
-        parts = piece if kind in (WHOLE, FIRST) else parts + piece
-        if kind in (WHOLE, LAST):
-            message = proto.Record()  # pyright: ignore[reportAttributeAccessIssue]
-            try:
-                message.ParseFromString(parts)
-            except DecodeError as error:
-                raise BrokenFile(f"the message that ends at byte {at} is none of W&B") from error
-            yield message
 
 
 def rows(history: Sequence[Mapping[str, Any]]) -> list[dict]:

@@ -109,7 +109,7 @@ def test_pieces_over_several_blocks_are_joined(tmp_path):
 
     from wandb.proto import wandb_internal_pb2 as proto
 
-    from peftlab.report.offline import BLOCK, START, messages
+    from peftlab.wandb_record import BLOCK, START, messages
 
     long, short = proto.Record(num=1), proto.Record(num=2)
     item = long.history.item.add()
