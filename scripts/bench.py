@@ -365,11 +365,11 @@ def growth(rounds: int) -> dict[str, Any]:
     for what, specs in GROWTH.items():
         print(f"\n## LoRA against {what} (no compile)\n")
         print(f"| {what} | s/step | tokens/s | peak GiB |\n| --- | ---: | ---: | ---: |")
-        for spec in specs:
-            (value,) = spec.values()
-            label = value[0].split("=")[1] if isinstance(value, list) else str(value)
-            contender = Contender(label, **spec)
-            alternate([contender], rounds)
+        values = [value for spec in specs for value in spec.values()]
+        labels = [v[0].split("=")[1] if isinstance(v, list) else str(v) for v in values]
+        contenders = [Contender(at, **spec) for at, spec in zip(labels, specs, strict=True)]
+        alternate(contenders, rounds)
+        for label, contender in zip(labels, contenders, strict=True):
             median = statistics.median(contender.seconds)
             found[f"{what} {label}"] = {"seconds": contender.seconds, "peak": contender.peak}
             cells = [
