@@ -83,8 +83,8 @@ def _grown(
 ) -> Parameter:
     low, high = math.log10(ends.low), math.log10(ends.high)
     down = up = 0.0  # decades beyond the ends
-    for at in [] if best is None else [math.log10(best)]:
-        edge = EDGE * (high - low)
+    if best is not None:  # with a condition, the best trial need not have this parameter
+        at, edge = math.log10(best), EDGE * (high - low)
         while up < decades and at > high + up - edge:
             up = min(up + STEP, decades)
         while down < decades and at < low - down + edge:
