@@ -119,6 +119,22 @@ def test_pareto_of_ties_and_chains(opened):
     assert pareto([], []) == []
 
 
+def test_names_of_the_front_do_not_lie_on_each_other(opened):
+    """A name that would begin left of the figure stands right of its point instead."""
+    script = """((second) => {
+      const before = data.methods.slice();
+      data.methods.splice(0, 2, "a_long_name_of_a_method", "another");
+      const at = (method, params, train) => ({ method, params, train });
+      const front = [at(0, 100, 1.01), at(1, second, 1)];
+      const made = labels(front, [...front, at(2, 1e6, 9)], "params", "train");
+      data.methods.splice(0, 2, ...before.slice(0, 2));
+      return made.map(({ text, xanchor }) => [text, xanchor]);
+    })"""
+    first = ["a_long_name_of_a_method", "left"]
+    assert opened.evaluate(f"{script}(1000)") == [first]
+    assert opened.evaluate(f"{script}(1e6)") == [first, ["another", "right"]]
+
+
 def test_selectors_change_the_plots_and_the_hash_restores_them(opened, page):
     click(opened, "input[name=show][value=all]")
     assert opened.evaluate("figures['train-params'].plot.data[0].x.length") == 2

@@ -121,14 +121,17 @@ function labels(front, all, x, y) {
   const placed = [];
   for (const p of front) {
     const text = data.methods[p.method];
-    const box = { right: across(p), left: across(p) - 6 * text.length, y: up(p), p, text };
+    const [at, width] = [across(p), 6 * text.length];
+    const anchor = at - width < -30 ? "left" : "right"; // it would begin left of the figure
+    const left = anchor === "left" ? at : at - width;
+    const box = { left, right: left + width, y: up(p), p, text, anchor };
     const free = placed.every((other) =>
       Math.abs(other.y - box.y) > 13 || other.left > box.right || other.right < box.left);
     if (free) placed.push(box);
   }
-  return placed.map(({ p, text, left }) => ({
+  return placed.map(({ p, text, anchor }) => ({
     x: place(x)(p), y: p[y], text: plain(text), showarrow: false, yanchor: "top", yshift: -4,
-    xanchor: left < -30 ? "left" : "right", xshift: left < -30 ? 0 : -4,
+    xanchor: anchor, xshift: anchor === "left" ? 0 : -4,
     font: { size: 10, color: themed("--muted") },
   }));
 }
