@@ -10,19 +10,21 @@ STEP = '"phase": "step"'  # in a line of rows.jsonl
 
 
 class Slow(NoTracker):
-    """slow, dies: numbers of trials. pause: seconds after each step."""
+    """slow, dies: numbers of trials; in a job array `slow` is a task's. pause: seconds a step."""
 
     def __init__(self, slow, dies, pause):
         self.slow, self.dies, self.pause = slow, dies, pause
 
     def start(self, *, trial, run_dir, **run):
-        rows = run_dir / "rows.jsonl"
-        again = rows.exists() and STEP in rows.read_text()
-        self.sleeps = trial == self.slow and not again
-        mark = run_dir.parent / "killed"
-        self.killed = trial == self.dies and not mark.exists()
-        if self.killed:
-            mark.touch()
+        def once(name):
+            mark = run_dir.parent / name
+            first = not mark.exists()
+            mark.write_text(str(trial))
+            return first
+
+        who = int(os.environ.get("SLURM_ARRAY_TASK_ID", trial))
+        self.sleeps = who == self.slow and once("slow")
+        self.killed = trial == self.dies and once("killed")
 
     def log(self, row):
         if self.killed and row["step"] == 3:

@@ -141,9 +141,9 @@ def sweep_on_the_way(slurm, tmp_path_factory):
 
 
 def test_an_array_of_workers_shares_a_study(slurm, sweep_on_the_way, rows_file, tmp_path):
-    """One task dies in trial 3, the other is told in trial 0 that its time is over."""
+    """Task 0 dies in trial 3, task 1 is told in its first trial that its time is over."""
     words = [
-        *words_of(rows_file, slow=0, dies=3),
+        *words_of(rows_file, slow=1, dies=3),
         *("+sweeps=tune", "hydra/sweeper/sampler=random", "study=shared"),
         *("hydra.sweeper.n_trials=5", f"output={tmp_path}"),
     ]
@@ -161,16 +161,19 @@ def test_an_array_of_workers_shares_a_study(slurm, sweep_on_the_way, rows_file, 
         return slurms("squeue", "--noheader", f"--jobs={array}", "--format=%i").split()
 
     folder = tmp_path / "shared"
-    wait_for(lambda: (folder / "killed").exists() and len(left()) == 1)
-    wait_for(lambda: STEP in (folder / "0" / "rows.jsonl").read_text())
-    (slow,) = left()
-    slurms("scancel", "--batch", "--signal=USR1", slow)  # as Slurm does 120 s before the end
+    wait_for(lambda: (folder / "killed").exists() and left() == [f"{array}_1"])
+    assert slurms("squeue", "--noheader", f"--jobs={array}", "--format=%A").split() == [array]
+    rows = folder / (folder / "slow").read_text() / "rows.jsonl"
+    wait_for(lambda: STEP in rows.read_text())
+    slurms("scancel", "--batch", "--signal=USR1", f"{array}_1")  # as 120 s before the end
     wait_for(lambda: not left())
+    jobs = slurms("scontrol", "--oneliner", "show", "job", array)
+    restarts = re.findall(r"ArrayTaskId=(\d) .* Restarts=(\d) ", jobs)
+    assert dict(restarts) == {"0": "0", "1": "1"}, jobs  # task 1 alone is queued again
     logs = {path.stem.rpartition("_")[2]: path.read_text() for path in tmp_path.glob("slurm-*.log")}
     assert sorted(logs) == ["0", "1"]
-    requeued = logs[slow.rpartition("_")[2]]
-    first, second = re.findall(rf"going on from step (\d+) of {STEPS}", requeued)
-    assert 0 < int(first) < STEPS and second == "0", requeued  # of trials 0 and 3
+    first, second = re.findall(rf"going on from step (\d+) of {STEPS}", logs["1"])
+    assert 0 < int(first) < STEPS and second == "0", logs  # of its first trial, and trial 3
     trials = trials_of(f"journal:{folder}/study.journal", "shared")
     assert [t.state.name for t in trials] == ["COMPLETE"] * 5
     assert len({json.dumps(t.params) for t in trials}) == 5
