@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -162,6 +163,15 @@ def test_rows_that_the_server_refuses_are_kept(status, n_accepted, tmp_path):
         assert (run.summary["status"], run.exit_code, run.uploads) == ("completed", 0, 1)
 
 
+def wait_for_end(process, seconds=60):
+    """Wait until a process that is no child of ours has ended; a zombie has."""
+    end = time.monotonic() + seconds
+    stat = Path(f"/proc/{process}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, f"process {process} goes on"
+        time.sleep(0.1)
+
+
 def test_a_killed_online_run_is_uploaded_and_goes_on(tmp_path):
     with Stub() as server:
         run_dir = tmp_path / "outputs" / "one"
@@ -169,8 +179,10 @@ def test_a_killed_online_run_is_uploaded_and_goes_on(tmp_path):
         steps = [start(run_dir), ["log", str(run_dir), ROWS[:10]], ["sleep", "", 3]]
         server.stream_status, server.stream_breaks_after = 500, 1
         steps += [["log", str(run_dir), ROWS[10:20]], ["sleep", "", 2], ["be killed", "", None]]
-        killed = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(steps)], env=env)
-        assert killed.returncode == -9
+        driver = [sys.executable, "-c", DRIVER, json.dumps(steps)]
+        killed = subprocess.run(driver, env=env, capture_output=True, text=True)
+        assert killed.returncode == -9, killed.stderr
+        wait_for_end(int(killed.stdout))  # of W&B's own process, which would send its rows now
         run = server.runs[RUN_ID]
         assert run.history == [expected(row) for row in ROWS[:10]]
         server.stream_status = 200
