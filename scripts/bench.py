@@ -5,8 +5,11 @@
     python scripts/bench.py starts    seconds until the first step of `peftlab train`
 
 Each contender is a process of its own, warmed up first; then they take turns, A B A B, two steps
-at a time, and only one of them computes, so that drift of the machine hits all alike. Prints
-tables; --json FILE keeps the raw seconds. Nothing else should run: a busy core spoils every figure.
+at a time, and only one of them computes, so that drift of the machine hits all alike. `steps` does
+that with fresh processes several times, as one process can be a tenth slower than the next for as
+long as it lives. Prints tables; --json FILE keeps the raw seconds. Nothing else should run: a busy
+core spoils every figure. Where the processor does not multiply bf16, which would take some five
+times as long as float32, all is measured in float32 alone.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ GIB = 2**30
 
 def contend(spec: dict[str, Any]) -> None:
     """Build what `spec` describes, then do a step for each line `go` on stdin; tell its time."""
-    if spec["stack"] == "peftlab":
+    if spec["stack"] != "peft":
         keep_memory()  # as the command does
     import torch
 
@@ -180,13 +184,30 @@ def _matmuls(spec: dict[str, Any]):
 # --- in the process that measures
 
 
+@cache
+def precision() -> str:
+    """Return what `precision: auto` is here."""
+    import torch
+
+    from peftlab.backbone import fast_bf16
+
+    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+
+
 class Contender:
     """A warm process that does a step when told to."""
 
     def __init__(self, label: str, **spec: Any) -> None:
-        defaults = {"stack": "peftlab", "method": "lora", "precision": "bf16", "compile": False}
+        defaults = {"stack": "peftlab", "method": "lora", "compile": False}
+        defaults |= {"precision": precision()}
         self.label = label
         self.spec = defaults | {"threads": CORES, "overrides": []} | spec
+        self.seconds: list[float] = []
+        self.cpu: list[float] = []  # of all threads: what other machines on the host do not touch
+        self.peak = 0
+
+    def begin(self) -> Contender:
+        """Start the process and wait until it is warm."""
         environment = os.environ | {
             "OMP_WAIT_POLICY": "PASSIVE",
             "OMP_NUM_THREADS": str(self.spec["threads"]),
@@ -196,10 +217,8 @@ class Contender:
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.first = self._read()["first"]
-        self.seconds: list[float] = []
-        self.cpu: list[float] = []  # of all threads: what other machines on the host do not touch
-        self.peak = 0
+        self._read()
+        return self
 
     def _read(self) -> dict[str, float]:
         assert self.process.stdout is not None
@@ -233,24 +252,27 @@ class Contender:
 
     def close(self) -> None:
         """Read the peak of resident memory and end the process."""
-        self.peak = int(self._tell("peak")["peak"])
+        self.peak = max(self.peak, int(self._tell("peak")["peak"]))
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
-def alternate(contenders: list[Contender], rounds: int) -> None:
-    """Let the contenders take turns, two steps each; then end them."""
-    for _ in range(rounds):
+def alternate(contenders: list[Contender], rounds: int, starts: int = 1) -> None:
+    """Let the contenders take turns, two steps each, in each of so many processes of theirs."""
+    for _ in range(starts):
         for contender in contenders:
-            contender.steps(2)
-    for contender in contenders:
-        contender.close()
+            contender.begin()
+        for _ in range(rounds):
+            for contender in contenders:
+                contender.steps(2)
+        for contender in contenders:
+            contender.close()
 
 
 def side_by_side(specs: list[dict[str, Any]], n: int) -> tuple[float, list[Contender]]:
     """Let processes step at the same time; return their tokens/s together."""
-    contenders = [Contender("side by side", **spec) for spec in specs]
+    contenders = [Contender("side by side", **spec).begin() for spec in specs]
     with ThreadPoolExecutor(len(contenders)) as pool:
         list(pool.map(lambda c: c.steps(1), contenders))
         started = time.perf_counter()
@@ -261,20 +283,21 @@ def side_by_side(specs: list[dict[str, Any]], n: int) -> tuple[float, list[Conte
     return sum(c.tokens for c in contenders) * n / seconds, contenders
 
 
-def steps(rounds: int) -> dict[str, Any]:
+def steps(rounds: int, starts: int) -> dict[str, Any]:
     """Measure the ratios of training steps."""
     print(f"\n## Steps of LoRA, r = {RANK}, on all linear layers; {ROWS} x {LENGTH} tokens\n")
     fp32 = Contender("HF peft, fp32", stack="peft", precision="fp32")
     bf16 = Contender("HF peft, bf16 autocast", stack="peft")
-    plain = Contender("peftlab, bf16")
-    fast = Contender("peftlab, bf16, compile", compile=True)
+    plain, fast = Contender("peftlab, bf16"), Contender("peftlab, bf16, compile", compile=True)
     ours32 = Contender("peftlab, fp32", precision="fp32")
     fast32 = Contender("peftlab, fp32, compile", precision="fp32", compile=True)
-    limit = Contender("matmuls alone, bf16", stack="matmul")
-    everyone = [fp32, bf16, plain, fast, ours32, fast32, limit]
-    alternate(everyone, rounds)
+    limit = Contender(f"matmuls alone, {precision()} (the limit)", stack="matmul")
+    in_bf16 = [bf16, plain, fast] if precision() == "bf16" else []
+    everyone = [fp32, *in_bf16, ours32, fast32, limit]
+    alternate(everyone, rounds, starts)
+    best = min([fp32, *in_bf16[:1]], key=lambda c: statistics.median(c.seconds))
     print(
-        "| contender | s/step | spread | CPU s | tokens/s | x HF fp32 | x HF bf16 | of limit "
+        "| contender | s/step | spread | CPU s | tokens/s | x HF fp32 | x HF's best | of limit "
         "| peak GiB |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -286,20 +309,21 @@ def steps(rounds: int) -> dict[str, Any]:
             f"{statistics.median(c.cpu):.2f}",
             f"{c.speed:,.0f}",
             f"{c.speed / fp32.speed:.2f}",
-            f"{c.speed / bf16.speed:.2f}",
+            f"{c.speed / best.speed:.2f}",
             f"{c.speed / limit.speed:.0%}",
             f"{c.peak / GIB:.2f}",
         ]
         print("|", " | ".join(cells), "|", flush=True)
 
     print("\n## Two processes with one thread each\n")
-    print("| contenders | tokens/s together | x HF fp32, one process, 2 threads | x 2 HF bf16 |")
+    print("| contenders | tokens/s together | x HF fp32, one process, 2 threads | x 2 HF |")
     print("| --- | ---: | ---: | ---: |")
     together = {}
+    kind = "bf16 autocast" if precision() == "bf16" else "fp32"
     for label, spec in {
-        "2 x HF peft, bf16 autocast": {"stack": "peft"},
-        "2 x peftlab, bf16": {},
-        "2 x peftlab, bf16, compile": {"compile": True},
+        f"2 x HF peft, {kind}": {"stack": "peft"},
+        f"2 x peftlab, {precision()}": {},
+        f"2 x peftlab, {precision()}, compile": {"compile": True},
     }.items():
         together[label], _ = side_by_side([spec | {"threads": 1}] * 2, 4)
         print(
@@ -333,9 +357,9 @@ def methods(rounds: int, names: list[str], compiled: bool) -> dict[str, Any]:
     print("| method | x LoRA's seconds | s/step | LoRA beside it | peak GiB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     found = {}
-    lora = Contender("lora", compile=compiled)
+    lora = Contender("lora", compile=compiled).begin()
     for name in names:
-        other = Contender(name, method=name, overrides=METHODS[name], compile=compiled)
+        other = Contender(name, method=name, overrides=METHODS[name], compile=compiled).begin()
         lora.seconds.clear()
         for _ in range(rounds):
             lora.steps(2)
@@ -444,14 +468,15 @@ def main() -> int:
     )
     parser.add_argument("what", choices=["steps", "methods", "growth", "starts"])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--starts", type=int, default=2, help="processes of each, of `steps`")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--compile", action="store_true", help="of `methods`")
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
-    print(f"{host()}; {known.rounds} rounds of 2 steps, medians.")
+    print(f"{host()}; {known.rounds} rounds of 2 steps, {precision()}, medians.")
     match known.what:
         case "steps":
-            found = steps(known.rounds)
+            found = steps(known.rounds, known.starts)
         case "methods":
             found = methods(known.rounds, known.methods, known.compile)
         case "growth":
