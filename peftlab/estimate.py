@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from peftlab.backbone import DTYPES, conv1d_to_linear, eager_is_faster
+from peftlab.backbone import DTYPES, SHORT, conv1d_to_linear
 from peftlab.bits import LOGITS_PER_CHUNK
 from peftlab.errors import InputError
 from peftlab.flops import FlopCounter
@@ -125,8 +125,7 @@ def _built(
 ) -> Iterator[tuple[PreTrainedModel, torch.optim.Optimizer]]:
     """Yield the model with the method attached, and the optimizer, all of tensors without data."""
     unpack(pack(torch.ones(1, 64)), (1, 64), torch.float32)  # its cached tables must be real ones
-    eager = eager_is_faster(torch.device("cpu"), precision, length)
-    model._attn_implementation = "eager" if eager else "sdpa"
+    model._attn_implementation = "eager" if length <= SHORT else "sdpa"
     with _converting(), FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
         net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
         conv1d_to_linear(net)
