@@ -302,11 +302,11 @@ def _gone() -> tuple[type[Exception], ...]:
 
 def _missing(folder: Path) -> str | None:
     """Mark the record of an online run as uploaded, or return what the server lacks of it."""
-    from peftlab.wandb_record import mark, said
+    from peftlab.wandb_record import mark, said_in_the_end
 
     try:
         (record,) = folder.glob("run-*.wandb")
-        lack = lacks(said(record))
+        lack = lacks(said_in_the_end(record))
         if lack is None:
             mark(record).touch()
     except (OSError, ValueError) as error:  # a full disk, a folder that was removed

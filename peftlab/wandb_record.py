@@ -6,7 +6,9 @@ with a header of 7 bytes (checksum, length, kind); one or several pieces make a 
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ START = b":W&B\xe1\xbe\x00"  # name, magic number, version
 BLOCK = 32768
 HEADER = struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4  # kinds of pieces
+WRITTEN_S = 10.0  # in which W&B's process has written what it has; on a busy machine it is late
 
 
 class NotARecord(ValueError):
@@ -51,6 +54,21 @@ def said(record: Path) -> Said:
     if run is None:
         raise NotARecord("no run has begun in it")
     return Said(run.entity or None, run.project, run.run_id, n_rows, ended)
+
+
+def said_in_the_end(record: Path, seconds: float = WRITTEN_S) -> Said:
+    """`said`, of a record that W&B's process may still be writing: waits for its end.
+
+    Raises: as `said`, of what is there after so many seconds.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(NotARecord):
+            found = said(record)
+            if found.ended:
+                return found
+        time.sleep(0.05)
+    return said(record)
 
 
 def messages(data: bytes) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from test_tracking import (
     expected,
     finish,
     folders,
+    record,
     start,
 )
 from wandb_stub import HISTORY, KEY, Stub, _Handler
+
+from peftlab.wandb_record import NotARecord, said_in_the_end
 
 SLOW_S = 30.0
 INIT_S, FINISH_S = 3, 2
@@ -161,6 +165,24 @@ def test_rows_that_the_server_refuses_are_kept(status, n_accepted, tmp_path):
         assert steps_of(run) == list(range(44))
         assert run.config["text"] == LONG
         assert (run.summary["status"], run.exit_code, run.uploads) == ("completed", 0, 1)
+
+
+def test_a_record_that_is_still_being_written_is_waited_for(tmp_path):
+    record(tmp_path / "one", environment(tmp_path), mode="offline")
+    (file,) = (tmp_path / "one").glob("wandb/*/run-*.wandb")
+    whole = file.read_bytes()
+    for there in (7, len(whole) // 2):  # no run yet; some rows
+        file.write_bytes(whole[:there])
+        writer = threading.Timer(0.5, file.write_bytes, [whole])
+        writer.start()
+        found = said_in_the_end(file)
+        assert (found.n_rows, found.ended) == (44, True)
+        writer.join()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert not said_in_the_end(file, seconds=0.2).ended
+    file.write_bytes(whole[:7])
+    with pytest.raises(NotARecord):
+        said_in_the_end(file, seconds=0.2)
 
 
 def wait_for_end(process, seconds=60):
