@@ -8,6 +8,7 @@ keeps, for every method, model and optimizer alike, and an 8B model takes second
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,9 +20,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
-from peftlab.backbone import DTYPES, SHORT, conv1d_to_linear
+from peftlab.backbone import DTYPES, conv1d_to_linear, eager_is_faster
 from peftlab.bits import LOGITS_PER_CHUNK
 from peftlab.errors import InputError
 from peftlab.flops import FlopCounter
@@ -125,8 +131,10 @@ def _built(
 ) -> Iterator[tuple[PreTrainedModel, torch.optim.Optimizer]]:
     """Yield the model with the method attached, and the optimizer, all of tensors without data."""
     unpack(pack(torch.ones(1, 64)), (1, 64), torch.float32)  # its cached tables must be real ones
-    model._attn_implementation = "eager" if length <= SHORT else "sdpa"
-    with _converting(), FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+    eager = eager_is_faster(torch.device("cpu"), precision, length)
+    model = copy(model)  # the caller's may be that of a model in use
+    model._attn_implementation = "eager" if eager else "sdpa"
+    with _converting(), _one_document(), FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
         net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
         conv1d_to_linear(net)
         net.requires_grad_(False)
@@ -161,6 +169,20 @@ def _converting() -> Iterator[None]:
 
 def _take_over(old: Tensor, new: Tensor) -> None:
     old.data = new.data
+
+
+@contextmanager
+def _one_document() -> Iterator[None]:
+    """Let transformers take each row for one document, as it does where it sees the positions.
+
+    Without data it cannot tell, and gives SDPA a mask, which takes another way and more memory.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 class _Scalars(TorchDispatchMode):

@@ -123,12 +123,21 @@ def test_dtype_of_the_frozen_weights(tmp_path):
         assert {p.dtype for p in found.net.parameters()} == {expected}
 
 
-def test_attention_is_eager_for_short_blocks_on_the_cpu(tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "length", "attention", "expected"),
+    [
+        ("bf16", 128, "auto", "eager"),
+        ("bf16", 129, "auto", "sdpa"),
+        ("fp32", 128, "auto", "sdpa"),
+        ("fp32", 64, "eager", "eager"),
+        ("bf16", 64, "sdpa", "sdpa"),
+    ],
+)
+def test_attention_on_the_cpu(precision, length, attention, expected, tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    short = load_backbone(model(tmp_path), precision="fp32", block_length=128)
-    long = load_backbone(model(tmp_path), precision="fp32", block_length=129)
-    assert short.net.config._attn_implementation == "eager"
-    assert long.net.config._attn_implementation == "sdpa"
+    settings = model(tmp_path, attention=attention)
+    net = load_backbone(settings, precision=precision, block_length=length).net
+    assert net.config._attn_implementation == expected
 
 
 def test_sha256_is_that_of_the_weights(tmp_path):
