@@ -35,6 +35,7 @@ KEYS = (  # of conf/dataset/*.yaml
 ).split()
 BUCKET_STEPS = 8  # examples are sorted by length within this many steps: little padding
 EVAL_TOKENS = 4096  # padded tokens per evaluation batch: bounds memory, keeps the cores busy
+EVAL_PADDING = 128  # tokens of it that are padding: about what beginning another batch costs
 
 
 class Example(NamedTuple):
@@ -133,16 +134,20 @@ class Data:
     def batches(self, split: Split) -> list[Batch]:
         """Return the examples of a split for evaluation, each once, longest first.
 
-        At most EVAL_TOKENS padded tokens to a batch; a longer example makes one of its own.
+        At most EVAL_TOKENS padded tokens to a batch, EVAL_PADDING of them padding; a longer
+        example makes one of its own.
         """
         examples = sorted(split.examples, key=lambda example: len(example.ids), reverse=True)
-        made = []
-        at = 0
-        while at < len(examples):
-            end = at + max(1, EVAL_TOKENS // len(examples[at].ids))
-            made.append(pad(examples[at:end]))
-            at = end
-        return made
+        made: list[list[Example]] = []
+        width = padding = 0
+        for example in examples:
+            padding += width - len(example.ids)
+            if made and padding <= EVAL_PADDING and width * (len(made[-1]) + 1) <= EVAL_TOKENS:
+                made[-1].append(example)
+            else:
+                made.append([example])
+                width, padding = len(example.ids), 0
+        return [pad(batch) for batch in made]
 
 
 def pad(examples: Sequence[Example]) -> Batch:

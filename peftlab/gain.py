@@ -37,13 +37,17 @@ class _Gained(torch.autograd.Function):
     def backward(ctx, *upstream):
         (d_out,) = upstream
         y, gain, bias = ctx.saved_tensors
-        d_y = d_gain = None
-        if ctx.needs_input_grad[0]:
-            d_y = torch.addcmul(d_out, d_out, gain.to(d_out.dtype))
-        if ctx.needs_input_grad[1]:
-            d_gain = torch.zeros_like(gain)
-            y, d_out = y.flatten(0, -2), d_out.flatten(0, -2)
-            rows = len(y) if y.is_cuda else max(1, IN_CACHE // y.shape[1])
-            for some, slope in zip(y.split(rows), d_out.split(rows), strict=True):
+        needs_y, needs_gain, _ = ctx.needs_input_grad
+        d_y = torch.empty_like(d_out, memory_format=torch.contiguous_format)
+        d_gain = torch.zeros_like(gain)
+        factor = gain.to(d_out.dtype)
+        y, slopes, into = y.flatten(0, -2), d_out.flatten(0, -2), d_y.flatten(0, -2)
+        rows = len(y) if y.is_cuda else max(1, IN_CACHE // y.shape[1])
+        for at in range(0, len(y), rows):  # each slope is read once, for both
+            slope = slopes[at : at + rows]
+            if needs_y:
+                torch.addcmul(slope, slope, factor, out=into[at : at + rows])
+            if needs_gain:
+                some = y[at : at + rows]
                 d_gain += ((some if bias is None else some - bias) * slope).sum(0)
-        return d_y, d_gain, None
+        return d_y if needs_y else None, d_gain if needs_gain else None, None

@@ -21,6 +21,7 @@ from peftlab.errors import require
 from peftlab.nf4 import dequantize_
 from peftlab.peft_form import NoPeftForm, PeftForm, lora_form
 from peftlab.sites import FUSED, Site
+from peftlab.thin import add_thin_
 
 if TYPE_CHECKING:
     from peftlab.data import Batch
@@ -315,7 +316,7 @@ class LowRank(WeightMethod):
         """Y' = y + up (down x)."""
         with full_precision(x):
             down, up = self.factors(t)
-        return y + F.linear(F.linear(self.drop(x), down), up)
+        return add_thin_(y, self.drop(x), down, up)
 
     def peft_form(self, backbone: nn.Module) -> PeftForm:
         """LoRA, with each site's factors written out."""

@@ -2,7 +2,9 @@
 
     python scripts/bench.py steps     ratios of training steps, memory, two processes side by side
     python scripts/bench.py growth    tokens/s and memory against batch, length, rank, layers
+    python scripts/bench.py methods   steps of other methods, in LoRA's; DoRA also of Hugging Face
     python scripts/bench.py starts    seconds until the first step of `peftlab train`
+    python scripts/bench.py study     a whole study against the stock stack (bench_study.py)
 
 Each contender is a process of its own, warmed up first; then they take turns, A B A B, two steps
 at a time, and only one of them computes, so that drift of the machine hits all alike. `steps` does
@@ -352,27 +354,37 @@ METHODS = {  # at equal rank; the tied ones without a large boost, which would o
 
 
 def methods(rounds: int, names: list[str], compiled: bool) -> dict[str, Any]:
-    """Measure steps of other methods, each in turn with LoRA."""
+    """Measure steps of other methods, each in turn with LoRA; DoRA also as Hugging Face has it."""
     print(f"\n## A step of other methods, in LoRA's ({'compile' if compiled else 'no compile'})\n")
     print("| method | x LoRA's seconds | s/step | LoRA beside it | peak GiB |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    ours = [Contender(n, method=n, overrides=METHODS[n], compile=compiled) for n in names]
+    found = _beside(Contender("lora", compile=compiled), ours, rounds)
+    if "dora" in names:
+        theirs = Contender("HF peft's dora, in its LoRA's steps", stack="peft", method="dora")
+        found |= _beside(Contender("HF peft's lora", stack="peft"), [theirs], rounds)
+    return {"methods": found}
+
+
+def _beside(lora: Contender, others: list[Contender], rounds: int) -> dict[str, Any]:
+    """Let each of the others take turns with LoRA."""
     found = {}
-    lora = Contender("lora", compile=compiled).begin()
-    for name in names:
-        other = Contender(name, method=name, overrides=METHODS[name], compile=compiled).begin()
+    lora.begin()
+    for other in others:
+        other.begin()
         lora.seconds.clear()
         for _ in range(rounds):
             lora.steps(2)
             other.steps(2)
         other.close()
         ratio = lora.speed / other.speed
-        found[name] = {"ratio": ratio, "seconds": other.seconds, "lora": [*lora.seconds]}
+        found[other.label] = {"ratio": ratio, "seconds": other.seconds, "lora": [*lora.seconds]}
         median = statistics.median(other.seconds)
         beside = statistics.median(lora.seconds)
-        cells = [name, f"{ratio:.2f}", f"{median:.2f}", f"{beside:.2f}", f"{other.peak / GIB:.2f}"]
-        print("|", " | ".join(cells), "|", flush=True)
+        cells = [other.label, f"{ratio:.2f}", f"{median:.2f}", f"{beside:.2f}"]
+        print("|", " | ".join([*cells, f"{other.peak / GIB:.2f}"]), "|", flush=True)
     lora.close()
-    return {"methods": found}
+    return found
 
 
 GROWTH: dict[str, list[dict[str, Any]]] = {
@@ -466,7 +478,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["steps", "methods", "growth", "starts"])
+    parser.add_argument("what", choices=["steps", "methods", "growth", "starts", "study"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--starts", type=int, default=2, help="processes of each, of `steps`")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -475,6 +487,10 @@ def main() -> int:
     known = parser.parse_args()
     print(f"{host()}; {known.rounds} rounds of 2 steps, {precision()}, medians.")
     match known.what:
+        case "study":
+            from bench_study import study
+
+            found = study()
         case "steps":
             found = steps(known.rounds, known.starts)
         case "methods":

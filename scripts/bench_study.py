@@ -1,9 +1,11 @@
 """Time one whole study against the stack that a user would otherwise assemble: 15 minutes.
 
-    python scripts/bench_study.py [--trials 24] [--rows 48] [--data dataset=cmudict ...]
+    python scripts/bench.py study
+    python scripts/bench_study.py [--rows 48] [--data dataset=cmudict ...]
 
-A γ-LoRA study (lr, γ, rank) of SmolLM2-135M on the same rows, same steps, same objective (bits per
-token of the whole train split after three epochs):
+The same 24 points of a γ-LoRA study (lr, γ, rank) of SmolLM2-135M by both, each from the same
+random factors, on the same rows in the same batches and order, with the same objective (bits per
+token of the whole train split after three epochs), so that both have one best loss to find:
 - stock: hydra-optuna-sweeper 1.3.0 with optuna 2.10 in memory, HF peft, a plain loop, float32, one
   process with all cores; it gets an environment of its own, by pip, and torch, transformers and
   peft from this one;
@@ -14,6 +16,7 @@ Prints a table. Nothing else should run.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,14 +24,23 @@ import sysconfig
 import tempfile
 import time
 import venv
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import hydra
 import yaml
+from safetensors.torch import save_file
+
+from peftlab.bits import IGNORE
+from peftlab.data import Batch
+from peftlab.method import SiteMethod
 
 STOCK = ["hydra-optuna-sweeper==1.3.0", "optuna==2.10.1", "hydra-core==1.3.2"]
 CORES = os.cpu_count() or 1
-LR, GAMMA, RANKS = (1e-5, 1e-2), (1, 1000), (2, 4, 8, 16)
+# The one that peftlab's grid varies fastest stands last, so that a pruner soon has what to compare.
+SPACE = {"rank": (4, 16), "gamma": (1, 30, 1000), "lr": (1e-2, 1e-3, 1e-4, 1e-5)}
+TRIALS = math.prod(map(len, SPACE.values()))
 APP = """
 import json
 import math
@@ -37,6 +49,7 @@ from pathlib import Path
 import hydra
 import peft
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 DATA = json.loads(Path("data.json").read_text())
@@ -53,7 +66,6 @@ def collate(rows):
 
 
 def task(config):
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(DATA["model"], dtype=torch.float32)
     model = peft.get_peft_model(
         model,
@@ -65,25 +77,24 @@ def task(config):
             task_type="CAUSAL_LM",
         ),
     ).train()
+    starts = load_file(f"rank{config.rank}.safetensors")
     for name, tensor in model.named_parameters():
         if "lora_A" in name:
-            tensor.data.normal_(std=1 / config.gamma)
+            site = name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+            tensor.data.copy_(starts[site] / config.gamma)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=0.0)
-    batches = [DATA["rows"][i : i + 8] for i in range(0, len(DATA["rows"]), 8)]
-    total, step = 3 * len(batches), 0
-    for epoch in range(3):
-        for i in torch.randperm(len(batches)).tolist():
-            optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * step / total)) / 2
-            model(**collate(batches[i])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+    for step, rows in enumerate(DATA["steps"]):
+        done = step / len(DATA["steps"])
+        optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * done)) / 2
+        model(**collate(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.eval()
     nats, targets = 0.0, 0
     with torch.no_grad():
-        for batch in batches:
-            inputs = collate(batch)
+        for i in range(0, len(DATA["rows"]), 8):
+            inputs = collate(DATA["rows"][i : i + 8])
             n = int((inputs["labels"][:, 1:] != -100).sum())
             nats += model(**inputs).loss.item() * n
             targets += n
@@ -94,87 +105,114 @@ def task(config):
 if __name__ == "__main__":
     hydra.main(version_base="1.3", config_path=".", config_name="app")(task)()
 """
-SPACE = [
-    f"{{lr}}=tag(log,interval({LR[0]},{LR[1]}))",
-    f"{{gamma}}=tag(log,interval({GAMMA[0]},{GAMMA[1]}))",
-    f"{{rank}}=choice({','.join(map(str, RANKS))})",
-]
 
 
 def main() -> int:
-    """Run both studies; print how long each took and what it found."""
+    """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--data", nargs="+", default=["dataset=cmudict"], metavar="OVERRIDE")
-    parser.add_argument("--pruner", default="asha", help="of peftlab's sweep; asha")
-    known = parser.parse_args()
-    data = [*known.data, f"dataset.train_size={known.rows}", "dataset.test_size=8"]
+    parser.add_argument("--pruners", nargs="+", default=["asha"], help="of peftlab's sweep; asha")
+    study(**vars(parser.parse_args()))
+    return 0
+
+
+def study(
+    rows: int = 48, data: Sequence[str] = ("dataset=cmudict",), pruners: Sequence[str] = ("asha",)
+) -> dict[str, dict]:
+    """Run both studies; print and return how long each took and what it found."""
+    overrides = [*data, f"dataset.train_size={rows}", "dataset.test_size=8"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder, data)
-        stock = install_stock(folder / "stock")
+        n_steps = write_inputs(folder, overrides)
+        stock = install_stock(folder / "environment")
         (folder / "app.py").write_text(APP)
         (folder / "app.yaml").write_text("lr: 1e-4\ngamma: 1.0\nrank: 8\n")
-        words = " ".join(known.data)
-        print(f"{known.trials} trials on {known.rows} rows of {words}, {CORES} cores\n")
-        print("| stack | minutes | x stock | best train bits per token | pruned |")
-        print("| --- | ---: | ---: | ---: | ---: |")
-        n_trials = f"hydra.sweeper.n_trials={known.trials}"
-        words = space(lr="lr", gamma="gamma", rank="rank")
-        theirs = [str(stock), "app.py", "-m", "hydra/sweeper=optuna", n_trials, *words]
-        theirs += ["hydra/sweeper/sampler=tpe"]
-        theirs += ["hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=0", "hydra.sweep.dir=a"]
-        first = timed(folder, theirs, threads=CORES)
-        best = yaml.safe_load((folder / "a/optimization_results.yaml").read_text())["best_value"]
-        print(f"| stock | {first / 60:.1f} | 1.00 | {best:.4f} | |", flush=True)
-        words = space(lr="optimizer.lr", gamma="method.gamma", rank="method.rank")
-        ours = [sys.executable, "-m", "peftlab", "train", "-m", "+sweeps=tune", *data, *words]
-        ours += [
-            "method=gamma_lora",
-            "tracking=none",
-            n_trials,
-            f"hydra/sweeper/pruner={known.pruner}",
-        ]
+        print(
+            f"{TRIALS} trials of {n_steps} steps, {rows} rows of {' '.join(data)}, {CORES} cores\n"
+        )
+        print("| stack | minutes | x stock | best train bits per token | its point | pruned |")
+        print("| --- | ---: | ---: | ---: | --- | ---: |")
+        n_trials = f"hydra.sweeper.n_trials={TRIALS}"
+        theirs = [str(stock), "app.py", "-m", "hydra/sweeper=optuna", n_trials]
+        theirs += ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=stock"]
+        theirs += space(lr="lr", gamma="gamma", rank="rank")
+        ours = [sys.executable, "-m", "peftlab", "train", "-m", "+sweeps=tune", *overrides]
+        ours += ["method=gamma_lora", "tracking=none", n_trials, "hydra/sweeper/sampler=grid"]
         ours += ["hydra/launcher=peftlab_workers", f"hydra.launcher.n_jobs={CORES}"]
-        second = timed(folder, [*ours, "hydra.sweep.dir=b"], threads=1)
-        found = yaml.safe_load((folder / "b/optimization_results.yaml").read_text())
-        cells = [f"peftlab, {known.pruner}", f"{second / 60:.1f}", f"{second / first:.3f}"]
-        cells += [f"{found['best_value']:.4f}", str(found["n_trials"]["pruned"])]
-        print("|", " | ".join(cells), "|", flush=True)
-    return 0
+        ours += space(lr="optimizer.lr", gamma="method.gamma", rank="method.rank")
+        found = {"stock": timed(folder, theirs, "stock", threads=CORES)}
+        tell(found, "stock")
+        for pruner in pruners:
+            more = [
+                f"hydra/sweeper/pruner={pruner}",
+                f"study={pruner}",
+                f"hydra.sweep.dir={pruner}",
+            ]
+            found[f"peftlab, pruner {pruner}"] = timed(folder, [*ours, *more], pruner, threads=1)
+            tell(found, f"peftlab, pruner {pruner}")
+    return found
+
+
+def tell(found: Mapping[str, Mapping], stack: str) -> None:
+    """Print a row of the table."""
+    study = found[stack]
+    point = sorted((key.split(".")[-1], value) for key, value in study["best_params"].items())
+    cells = [stack, f"{study['seconds'] / 60:.1f}"]
+    cells += [f"{study['seconds'] / found['stock']['seconds']:.3f}", f"{study['best_value']:.4f}"]
+    cells += [", ".join(f"{key} {value}" for key, value in point)]
+    cells += [str(study["n_trials"]["pruned"]) if "n_trials" in study else ""]
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 def space(**names: str) -> list[str]:
     """Return the search space as overrides of keys of these names."""
-    return [word.format(**names) for word in SPACE]
+    return [f"{names[key]}=choice({','.join(map(str, SPACE[key]))})" for key in SPACE]
 
 
-def write_data(folder: Path, words: list[str]) -> None:
-    """Write the tokenised train split and where the model is, for the stock stack."""
-    from peftlab.backbone import load_backbone
+def write_inputs(folder: Path, words: list[str]) -> int:
+    """Write what the stock stack shall start from and train on; return the number of steps.
+
+    The rows of every step, the train split, where the model is, and the random factors of each
+    rank for γ = 1.
+    """
     from peftlab.config import resolve
-    from peftlab.data import load_data
+    from peftlab.parts import base_of, data_of, method_of
     from peftlab.train import CONF
 
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
-        config = resolve(hydra.compose("config", words))
-    backbone = load_backbone(config["model"], precision="fp32", block_length=128)
-    data = load_data(
-        config["dataset"],
-        tokenizer=backbone.tokenizer,
-        tokenizer_id=backbone.tokenizer_id(),
-        seed=0,
-        batch=8,
-        micro_batch=8,
-    )
-    # HF shifts the labels itself: the label of a token stands at the token
-    rows = []
-    for example in data.train.examples:
-        ids, targets = example.ids.tolist(), example.targets.tolist()
-        rows.append([[*ids, targets[-1]], [-100, *targets]])
-    facts = {"model": str(backbone.folder), "rows": rows, "threads": CORES}
+        configs = {
+            rank: resolve(
+                hydra.compose(
+                    "config",
+                    [*words, "method=gamma_lora", f"method.rank={rank}", "method.gamma=1"],
+                )
+            )
+            for rank in SPACE["rank"]
+        }
+    config = configs[SPACE["rank"][0]]
+    backbone = base_of(config | {"precision": "fp32"})
+    data = data_of(config, backbone)
+    for rank in SPACE["rank"]:
+        method = cast(SiteMethod, method_of(configs[rank], backbone))
+        factors = zip(method.sites, method.tensors, strict=True)
+        save_file({s.name: t.A.detach() for s, t in factors}, folder / f"rank{rank}.safetensors")
+    steps = [step for epoch in range(config["epochs"]) for step in data.steps(epoch)]
+    facts = {
+        "model": str(backbone.folder),
+        "steps": [[row for batch in step for row in rows_of(batch)] for step in steps],
+        "rows": [row for batch in data.batches(data.train) for row in rows_of(batch)],
+        "threads": CORES,
+    }
     (folder / "data.json").write_text(json.dumps(facts))
+    return len(steps)
+
+
+def rows_of(batch: Batch) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield ids and labels of each row, for a model that shifts the labels itself."""
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        n = int((targets != IGNORE).nonzero().max()) + 1
+        yield [*ids[:n].tolist(), int(targets[n - 1])], [IGNORE, *targets[:n].tolist()]
 
 
 def install_stock(folder: Path) -> Path:
@@ -187,14 +225,16 @@ def install_stock(folder: Path) -> Path:
     return python
 
 
-def timed(folder: Path, command: list[str], *, threads: int) -> float:
-    """Run a command in `folder`; return its seconds. Its output is shown only if it fails."""
+def timed(folder: Path, command: list[str], results: str, *, threads: int) -> dict:
+    """Run a sweep in `folder`; return its seconds and what it wrote into the folder `results`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    written = yaml.safe_load((folder / results / "optimization_results.yaml").read_text())
+    return {"seconds": seconds, **written}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from peftlab.bits import IGNORE
-from peftlab.data import EVAL_TOKENS, KEYS, Batch, Data, load_data
+from peftlab.data import EVAL_PADDING, EVAL_TOKENS, KEYS, Batch, Data, load_data
 from peftlab.documents import Template
 from peftlab.errors import InputError
 from peftlab.sources import Rows
@@ -318,13 +318,25 @@ def test_bucketing_keeps_padding_small(many):
 
 
 def test_evaluation_batches_hold_every_row_within_the_budget(tmp_path):
-    rows = [{"text": "x" * (1000 + 50 * n)} for n in range(9)] + [{"text": "y" * 5000}]
+    rows = [{"text": "x" * (1000 + 40 * n)} for n in range(9)] + [{"text": "y" * 5000}]
     data = load(config(folder_of(tmp_path, rows), block_length=6000))
     made = data.batches(data.test)
-    assert [len(batch.ids) for batch in made] == [1, 2, 3, 3, 1]
+    assert [len(batch.ids) for batch in made] == [1, 3, 3, 3]
     assert made[0].ids.shape == (1, 5000)  # longer than the budget: alone
     assert all(batch.ids.numel() <= EVAL_TOKENS for batch in made[1:])
     assert sum(batch.n_targets for batch in made) == data.test.n_targets
+
+
+def test_evaluation_batches_hold_little_padding(many):
+    data = load(many, batch=4)
+    made = data.batches(data.train)
+    padding = [batch.ids.numel() - batch.n_tokens for batch in made]
+    assert len(made) > 1 and 0 < max(padding) <= EVAL_PADDING
+    for spent, batch, after in zip(padding, made, made[1:], strict=False):
+        one_more = batch.ids.shape[1] - after.ids.shape[1]  # the longest of the next batch
+        assert spent + one_more > EVAL_PADDING  # no batch ends early
+    lengths = [len(example.ids) for example in data.train.examples]
+    assert max(lengths) * len(lengths) < EVAL_TOKENS  # by tokens alone one batch would do
 
 
 # --- splits ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from peftlab.method import (
 )
 from peftlab.peft_form import PeftForm, lora_form
 from peftlab.sites import Site
+from peftlab.thin import add_thin_
 
 
 class DoRA(WeightMethod):
@@ -76,7 +77,7 @@ class DoRA(WeightMethod):
             y = y + (gain - 1).to(y.dtype) * F.linear(x, site.weight)
         else:
             y = gained(y, gain - 1, site.bias)
-        return y + F.linear(F.linear(x, t.A), up)
+        return add_thin_(y, x, t.A, up)
 
     def norm(self, t: SimpleNamespace, W: Tensor) -> Tensor:
         """N [d_out] without forming B A.

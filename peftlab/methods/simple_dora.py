@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.gain import gained
@@ -20,6 +19,7 @@ from peftlab.method import (
 )
 from peftlab.peft_form import PeftForm, lora_form
 from peftlab.sites import Site
+from peftlab.thin import add_thin_
 
 
 class SimpleDoRA(WeightMethod):
@@ -71,7 +71,7 @@ class SimpleDoRA(WeightMethod):
         with full_precision(x):
             gain = self.beta * t.m
             up = (gain * t.n * self.scale)[:, None] * t.B
-        return gained(y, gain - 1, site.bias) + F.linear(F.linear(self.drop(x), t.A), up)
+        return add_thin_(gained(y, gain - 1, site.bias), self.drop(x), t.A, up)
 
     def peft_form(self, backbone: nn.Module) -> PeftForm:
         """LoRA with use_dora: its rows have the norms of those of W'.
