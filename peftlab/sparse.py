@@ -59,16 +59,17 @@ class Entries(nn.Module):
     """k chosen entries of several matrices: one trained vector, and where its numbers stand.
 
     values [k] float32, trained, start at 0. index [k] int64, stored: positions in all matrices
-    laid end to end, each by rows, ascending; the first k until others are chosen.
+    laid end to end, each by rows, ascending; spread evenly until others are chosen.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], k: int, device: torch.device) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.zeros(k, device=device))
-        self.index = nn.Buffer(torch.arange(k, device=device))
         self.parts = [Part(self, shape) for shape in shapes]
         self.bounds = [0, *accumulate(d_out * d_in for d_out, d_in in shapes)]
-        self._cut([min(bound, k) for bound in self.bounds])
+        apart = self.bounds[-1] // k
+        self.index = nn.Buffer(torch.arange(k, device=device) * apart)
+        self._cut([min(math.ceil(bound / apart), k) for bound in self.bounds])
 
     def values_at(self, slots: Tensor) -> Tensor:
         """Return values[slots], 0 where a slot is k."""
