@@ -249,3 +249,24 @@ def test_after_loading_the_places_are_those_of_the_file(net, tokens):
     method.load_state_dict(twin)
     method.loaded()
     assert torch.equal(net(tokens).logits, logits)
+
+
+def test_until_they_are_chosen_entries_are_spread_over_all_matrices():
+    """What the estimate of memory sees, which never chooses."""
+    entries = Entries([(30, 20), (30, 20), (60, 10)], 18, torch.device("cpu"))
+    held = [int((part.slots < 18).sum()) for part in entries.parts]
+    assert held == [6, 6, 6] == [len(part.at) for part in entries.parts]
+    before = [part.at.clone() for part in entries.parts]
+    entries.find()  # the same from `index` itself
+    for part, at in zip(entries.parts, before, strict=True):
+        assert torch.equal(part.at, at)
+
+
+@pytest.mark.parametrize("k", [1, 7, 599, 1799, 1800])
+def test_the_first_cut_is_what_index_says(k):
+    entries = Entries([(30, 20), (30, 20), (60, 10)], k, torch.device("cpu"))
+    before = [(part.at.clone(), part.slots.clone()) for part in entries.parts]
+    assert len(set(entries.index.tolist())) == k and int(entries.index.max()) < 1800
+    entries.find()
+    for part, (at, slots) in zip(entries.parts, before, strict=True):
+        assert torch.equal(part.at, at) and torch.equal(part.slots, slots)
