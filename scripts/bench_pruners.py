@@ -32,7 +32,7 @@ OTHERS = {
         "min_resource": least,
         "reduction_factor": factor,
     }
-    for least, factor in ((5, 2), (5, 3), (5, 4), (10, 2), (10, 3), (10, 4), (20, 2), (20, 3))
+    for least, factor in ((5, 2), (5, 4), (10, 2), (10, 3), (10, 4), (20, 2), (20, 3))
 }
 
 
