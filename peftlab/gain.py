@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IN_CACHE = 2**17  # 256 KiB of bf16: of the product that is summed, what exists at a time on a CPU
-
 
 def gained(y: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return y + gain (y - bias), rounded once: a small gain keeps its digits in bf16.
@@ -35,19 +33,14 @@ class _Gained(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        (d_out,) = upstream
+        (slope,) = upstream
         y, gain, bias = ctx.saved_tensors
         needs_y, needs_gain, _ = ctx.needs_input_grad
-        d_y = torch.empty_like(d_out, memory_format=torch.contiguous_format)
-        d_gain = torch.zeros_like(gain)
-        factor = gain.to(d_out.dtype)
-        y, slopes, into = y.flatten(0, -2), d_out.flatten(0, -2), d_y.flatten(0, -2)
-        rows = len(y) if y.is_cuda else max(1, IN_CACHE // y.shape[1])
-        for at in range(0, len(y), rows):  # each slope is read once, for both
-            slope = slopes[at : at + rows]
-            if needs_y:
-                torch.addcmul(slope, slope, factor, out=into[at : at + rows])
-            if needs_gain:
-                some = y[at : at + rows]
-                d_gain += ((some if bias is None else some - bias) * slope).sum(0)
-        return d_y if needs_y else None, d_gain if needs_gain else None, None
+        d_y = d_gain = None
+        if needs_gain:
+            product = slope * (y if bias is None else y - bias)
+            d_gain = product.flatten(0, -2).sum(0).to(gain.dtype)
+            d_y = product  # memory that was just written is quicker than what is new
+        if needs_y:
+            d_y = torch.addcmul(slope, slope, gain.to(slope.dtype), out=d_y)
+        return d_y if needs_y else None, d_gain, None

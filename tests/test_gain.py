@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from peftlab import gain as module
 from peftlab.gain import gained, plain_gained
 
 
@@ -24,10 +23,8 @@ def pass_through(function, y, gain, bias, slope):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 4, 33, 1000])  # of 33, at a time
-def test_output_and_gradients_are_those_of_the_plain_form(with_bias, rows, monkeypatch):
+def test_output_and_gradients_are_those_of_the_plain_form(with_bias):
     y, gain, bias, slope = parts()
-    monkeypatch.setattr(module, "IN_CACHE", rows * y.shape[-1])
     bias = bias if with_bias else None
     found = pass_through(gained, y, gain, bias, slope)
     wanted = pass_through(plain_gained, y, gain, bias, slope)

@@ -82,12 +82,12 @@ class DoRA(WeightMethod):
     def norm(self, t: SimpleNamespace, W: Tensor) -> Tensor:
         """N [d_out] without forming B A.
 
-        ‖W + s B A‖² = ‖W‖² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩ by rows, all of width r.
+        ‖W + s B A‖² = ‖W‖² + ⟨2 s W Aᵀ + s² B A Aᵀ, B⟩ by rows, all of width r.
         """
         A, B = (t.A.detach(), t.B.detach()) if self.detach_norm else (t.A, t.B)
-        cross = ((W.to(A.dtype) @ A.T) * B).sum(1)
-        square = ((B @ (A @ A.T)) * B).sum(1)
-        return (t.square + 2 * self.scale * cross + self.scale**2 * square).sqrt()
+        cross = W.to(A.dtype) @ A.T
+        change = torch.addmm(cross, B, A @ A.T, beta=2 * self.scale, alpha=self.scale**2)
+        return (t.square + (change * B).sum(1)).sqrt()
 
     def peft_form(self, backbone: nn.Module) -> PeftForm:
         """LoRA with use_dora: A, s B, m."""
