@@ -4,6 +4,7 @@
     python scripts/bench.py growth    tokens/s and memory against batch, length, rank, layers
     python scripts/bench.py methods   steps of other methods, in LoRA's; DoRA also of Hugging Face
     python scripts/bench.py starts    seconds until the first step of `peftlab train`
+    python scripts/bench.py losses    final losses in bf16 and in float32, of the default job
     python scripts/bench.py study     a whole study against the stock stack (bench_study.py)
 
 Each contender is a process of its own, warmed up first; then they take turns, A B A B, two steps
@@ -24,7 +25,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -35,6 +35,7 @@ from peftlab.allocator import keep_memory
 
 ROWS, LENGTH, RANK = 8, 128, 8
 CORES = os.cpu_count() or 1
+COMMANDS = ("starts", "losses", "study")  # what measures whole commands, not steps
 GIB = 2**30
 
 
@@ -252,6 +253,11 @@ class Contender:
         """Tokens/s: the median over steps."""
         return self.tokens / statistics.median(self.seconds)
 
+    @property
+    def spread(self) -> str:
+        """The quickest and the slowest step, in seconds."""
+        return f"{min(self.seconds):.2f}..{max(self.seconds):.2f}"
+
     def close(self) -> None:
         """Read the peak of resident memory and end the process."""
         self.peak = max(self.peak, int(self._tell("peak")["peak"]))
@@ -307,7 +313,7 @@ def steps(rounds: int, starts: int) -> dict[str, Any]:
         cells = [
             c.label,
             f"{statistics.median(c.seconds):.2f}",
-            f"{min(c.seconds):.2f}..{max(c.seconds):.2f}",
+            c.spread,
             f"{statistics.median(c.cpu):.2f}",
             f"{c.speed:,.0f}",
             f"{c.speed / fp32.speed:.2f}",
@@ -356,8 +362,8 @@ METHODS = {  # at equal rank; the tied ones without a large boost, which would o
 def methods(rounds: int, names: list[str], compiled: bool) -> dict[str, Any]:
     """Measure steps of other methods, each in turn with LoRA; DoRA also as Hugging Face has it."""
     print(f"\n## A step of other methods, in LoRA's ({'compile' if compiled else 'no compile'})\n")
-    print("| method | x LoRA's seconds | s/step | LoRA beside it | peak GiB |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    print("| method | x LoRA's seconds | s/step | spread | LoRA beside it | spread | peak GiB |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     ours = [Contender(n, method=n, overrides=METHODS[n], compile=compiled) for n in names]
     found = _beside(Contender("lora", compile=compiled), ours, rounds)
     if "dora" in names:
@@ -379,9 +385,9 @@ def _beside(lora: Contender, others: list[Contender], rounds: int) -> dict[str, 
         other.close()
         ratio = lora.speed / other.speed
         found[other.label] = {"ratio": ratio, "seconds": other.seconds, "lora": [*lora.seconds]}
-        median = statistics.median(other.seconds)
-        beside = statistics.median(lora.seconds)
-        cells = [other.label, f"{ratio:.2f}", f"{median:.2f}", f"{beside:.2f}"]
+        cells = [other.label, f"{ratio:.2f}"]
+        for c in (other, lora):
+            cells += [f"{statistics.median(c.seconds):.2f}", c.spread]
         print("|", " | ".join([*cells, f"{other.peak / GIB:.2f}"]), "|", flush=True)
     lora.close()
     return found
@@ -400,7 +406,8 @@ def growth(rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for what, specs in GROWTH.items():
         print(f"\n## LoRA against {what} (no compile)\n")
-        print(f"| {what} | s/step | tokens/s | peak GiB |\n| --- | ---: | ---: | ---: |")
+        print(f"| {what} | s/step | spread | tokens/s | peak GiB |")
+        print("| --- | ---: | ---: | ---: | ---: |")
         values = [value for spec in specs for value in spec.values()]
         labels = [v[0].split("=")[1] if isinstance(v, list) else str(v) for v in values]
         contenders = [Contender(at, **spec) for at, spec in zip(labels, specs, strict=True)]
@@ -411,47 +418,12 @@ def growth(rounds: int) -> dict[str, Any]:
             cells = [
                 label,
                 f"{median:.2f}",
+                contender.spread,
                 f"{contender.speed:,.0f}",
                 f"{contender.peak / GIB:.2f}",
             ]
             print("|", " | ".join(cells), "|", flush=True)
     return found
-
-
-def starts(rounds: int) -> dict[str, Any]:
-    """Measure seconds from the start of the process."""
-    print(
-        "\n## From the start of the process\n\n| command | until | seconds |\n| --- | --- | --- |"
-    )
-    found: dict[str, list[float]] = {}
-    run = ["train", "method=lora", "tracking=none", "dataset.train_size=8", "dataset.test_size=4"]
-    for label, words, until in (
-        ("peftlab --help", ["--help"], None),
-        ("peftlab train --cfg job", ["train", "--cfg", "job"], None),
-        ("peftlab train method=lora, warm", [*run, "epochs=1"], "step 1/"),
-        ("the same, compile=true", [*run, "epochs=1", "compile=true"], "step 1/"),
-    ):
-        command = [sys.executable, "-m", "peftlab", *words]
-        found[label] = [_seconds_until(command, until) for _ in range(rounds)]
-        shown = ", ".join(f"{seconds:.2f}" for seconds in found[label])
-        print(f"| {label} | {until or 'the end'} | {shown} |", flush=True)
-    return found
-
-
-def _seconds_until(command: list[str], text: str | None) -> float:
-    """Return the seconds until a line that begins with `text`, or until the end."""
-    seconds = None
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if text is not None and seconds is None and line.startswith(text):
-                seconds = time.perf_counter() - started
-        process.wait()
-        return time.perf_counter() - started if seconds is None else seconds
 
 
 def host() -> str:
@@ -478,27 +450,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["steps", "methods", "growth", "starts", "study"])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("what", choices=["steps", "methods", "growth", *COMMANDS])
+    parser.add_argument("--rounds", type=int, help="default: 4; of `losses` 1, of `study` 2")
     parser.add_argument("--starts", type=int, default=2, help="processes of each, of `steps`")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--compile", action="store_true", help="of `methods`")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of `losses`"
+    )
     parser.add_argument("--json", type=Path)
     known = parser.parse_args()
-    print(f"{host()}; {known.rounds} rounds of 2 steps, {precision()}, medians.")
-    match known.what:
-        case "study":
-            from bench_study import study
+    rounds = known.rounds or {"losses": 1, "study": 2}.get(known.what, 4)
+    unit = "of each in turn" if known.what in COMMANDS else "of 2 steps"
+    print(f"{host()}; {rounds} rounds {unit}, {precision()}, medians.")
+    # not above: a contender's process has no use for what these import
+    from bench_commands import losses, starts
+    from bench_study import study
 
-            found = study()
+    match known.what:
         case "steps":
-            found = steps(known.rounds, known.starts)
+            found = steps(rounds, known.starts)
         case "methods":
-            found = methods(known.rounds, known.methods, known.compile)
+            found = methods(rounds, known.methods, known.compile)
         case "growth":
-            found = growth(known.rounds)
+            found = growth(rounds)
+        case "starts":
+            found = starts(rounds)
+        case "losses":
+            found = losses(rounds, known.overrides)
         case _:
-            found = starts(known.rounds)
+            found = study(rounds)
     if known.json is not None:
         known.json.write_text(json.dumps({"host": host(), **found}, indent=1))
     return 0

@@ -1,7 +1,7 @@
-"""Time one whole study against the stack that a user would otherwise assemble: 15 minutes.
+"""Time one whole study against the stack that a user would otherwise assemble.
 
     python scripts/bench.py study
-    python scripts/bench_study.py [--rows 48] [--data dataset=cmudict ...]
+    python scripts/bench_study.py [--rounds 2] [--rows 48] [--data dataset=cmudict ...]
 
 The same 24 points of a γ-LoRA study (lr, γ, rank) of SmolLM2-135M by both, each from the same
 random factors, on the same rows in the same batches and order, with the same objective (bits per
@@ -11,13 +11,14 @@ token of the whole train split after three epochs), so that both have one best l
   peft from this one;
 - peftlab: +sweeps=tune with pruning, one worker per core.
 
-Prints a table. Nothing else should run.
+They take turns, A B A B; a round takes 20 minutes. Prints a table. Nothing else should run.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -110,6 +111,7 @@ if __name__ == "__main__":
 def main() -> int:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--data", nargs="+", default=["dataset=cmudict"], metavar="OVERRIDE")
     parser.add_argument("--pruners", nargs="+", default=["asha"], help="of peftlab's sweep; asha")
@@ -118,9 +120,12 @@ def main() -> int:
 
 
 def study(
-    rows: int = 48, data: Sequence[str] = ("dataset=cmudict",), pruners: Sequence[str] = ("asha",)
-) -> dict[str, dict]:
-    """Run both studies; print and return how long each took and what it found."""
+    rounds: int = 2,
+    rows: int = 48,
+    data: Sequence[str] = ("dataset=cmudict",),
+    pruners: Sequence[str] = ("asha",),
+) -> dict[str, list[dict]]:
+    """Run the studies in turn; print and return how long each took and what it found."""
     overrides = [*data, f"dataset.train_size={rows}", "dataset.test_size=8"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -128,38 +133,43 @@ def study(
         stock = install_stock(folder / "environment")
         (folder / "app.py").write_text(APP)
         (folder / "app.yaml").write_text("lr: 1e-4\ngamma: 1.0\nrank: 8\n")
-        print(
-            f"{TRIALS} trials of {n_steps} steps, {rows} rows of {' '.join(data)}, {CORES} cores\n"
-        )
-        print("| stack | minutes | x stock | best train bits per token | its point | pruned |")
-        print("| --- | ---: | ---: | ---: | --- | ---: |")
         n_trials = f"hydra.sweeper.n_trials={TRIALS}"
         theirs = [str(stock), "app.py", "-m", "hydra/sweeper=optuna", n_trials]
-        theirs += ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=stock"]
+        theirs += ["hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
         theirs += space(lr="lr", gamma="gamma", rank="rank")
         ours = [sys.executable, "-m", "peftlab", "train", "-m", "+sweeps=tune", *overrides]
         ours += ["method=gamma_lora", "tracking=none", n_trials, "hydra/sweeper/sampler=grid"]
         ours += ["hydra/launcher=peftlab_workers", f"hydra.launcher.n_jobs={CORES}"]
         ours += space(lr="optimizer.lr", gamma="method.gamma", rank="method.rank")
-        found = {"stock": timed(folder, theirs, "stock", threads=CORES)}
-        tell(found, "stock")
+        stacks = {"stock": (theirs, CORES)}
         for pruner in pruners:
-            more = [
-                f"hydra/sweeper/pruner={pruner}",
-                f"study={pruner}",
-                f"hydra.sweep.dir={pruner}",
-            ]
-            found[f"peftlab, pruner {pruner}"] = timed(folder, [*ours, *more], pruner, threads=1)
-            tell(found, f"peftlab, pruner {pruner}")
+            stacks[f"peftlab, {pruner}"] = ([*ours, f"hydra/sweeper/pruner={pruner}"], 1)
+        print(
+            f"{TRIALS} trials of {n_steps} steps, {rows} rows of {' '.join(data)}, {CORES} cores\n"
+        )
+        print("| round | stack | minutes | x stock | best train bits per token | at | pruned |")
+        print("| ---: | --- | ---: | ---: | ---: | --- | ---: |")
+        found: dict[str, list[dict]] = {label: [] for label in stacks}
+        for turn in range(1, rounds + 1):
+            for i, (label, (command, threads)) in enumerate(stacks.items()):
+                results = f"study_{turn}_{i}"  # a new study each time: none goes on
+                words = [*command, f"hydra.sweep.dir={results}"]
+                words += [f"study={results}"] if label != "stock" else []
+                found[label].append(timed(folder, words, results, threads=threads))
+                tell(turn, label, found[label][-1], found["stock"][-1])
+    for label in list(stacks)[1:]:
+        pairs = zip(found[label], found["stock"], strict=True)
+        ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in pairs]
+        spread = f"{min(ratios):.3f}..{max(ratios):.3f}"
+        print(f"\n{label}: {statistics.median(ratios):.3f} of stock's time ({spread})")
     return found
 
 
-def tell(found: Mapping[str, Mapping], stack: str) -> None:
+def tell(turn: int, stack: str, study: Mapping, stock: Mapping) -> None:
     """Print a row of the table."""
-    study = found[stack]
     point = sorted((key.split(".")[-1], value) for key, value in study["best_params"].items())
-    cells = [stack, f"{study['seconds'] / 60:.1f}"]
-    cells += [f"{study['seconds'] / found['stock']['seconds']:.3f}", f"{study['best_value']:.4f}"]
+    cells = [str(turn), stack, f"{study['seconds'] / 60:.1f}"]
+    cells += [f"{study['seconds'] / stock['seconds']:.3f}", f"{study['best_value']:.4f}"]
     cells += [", ".join(f"{key} {value}" for key, value in point)]
     cells += [str(study["n_trials"]["pruned"]) if "n_trials" in study else ""]
     print("|", " | ".join(cells), "|", flush=True)
