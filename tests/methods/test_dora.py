@@ -7,6 +7,8 @@ from torch.autograd import gradcheck
 from torch.autograd.gradcheck import GradcheckError
 
 from peftlab.method import WeightMethod
+from peftlab.methods.dora import DoRA
+from peftlab.sites import Site
 
 
 def shaken(detach_norm=True):
@@ -22,6 +24,23 @@ def test_rows_have_the_norm_m():
             t.m[0] = -2.0  # a magnitude may change sign
             rows = method.weight(t, site.module.weight).norm(dim=1)
             torch.testing.assert_close(rows, t.m.abs())
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1])  # of B's entries: the change is small, and large
+def test_the_norm_without_the_product_is_exact_to_1e_6(size):
+    d_in, d_out, rank = 576, 1536, 8  # SmolLM2's gate
+    draw = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(d_in, d_out, bias=False)
+    layer.weight.data = torch.randn(d_out, d_in, generator=draw) * 0.1
+    site = Site("gate", "gate", layer)
+    method = DoRA([site], rank=rank, alpha=16.0, detach_norm=True, dropout=0.0)
+    (t,) = method.tensors
+    t.B.data = torch.randn(d_out, rank, generator=draw) * size
+    exact = (layer.weight.double() + 2.0 * t.B.double() @ t.A.double()).norm(dim=1)
+    change = (exact / layer.weight.double().norm(dim=1) - 1).abs().max()
+    found = method.norm(t, layer.weight).double()
+    assert change > size / 10
+    assert ((found - exact) / exact).abs().max() < 1e-6
 
 
 def test_m_starts_as_the_norm_of_the_rows():
