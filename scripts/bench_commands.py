@@ -14,50 +14,38 @@ from typing import Any
 PEFTLAB = [sys.executable, "-m", "peftlab"]
 SMALL = ["method=lora", "tracking=none", "dataset=bfcl", "dataset.test_size=4", "epochs=1"]
 BEGINS = "test before training"  # the last line before the first step
+COLD = "compile=true, 24 rows, graphs not in the cache"
 PRECISIONS = ("fp32", "bf16")
 
 
 def starts(rounds: int) -> dict[str, Any]:
     """Measure seconds from the start of the process, each command in turn."""
     train = [*PEFTLAB, "train", *SMALL]
-    peer = json.dumps({"stack": "peft", "method": "lora", "precision": "fp32", "threads": 2})
+    peer = {"stack": "peft", "method": "lora", "precision": "fp32", "threads": os.cpu_count()}
     bench = str(Path(__file__).with_name("bench.py"))
-    with tempfile.TemporaryDirectory() as empty:
-        commands: dict[str, tuple[list[str], dict[str, str], dict[str, str]]] = {
-            "peftlab --help": ([*PEFTLAB, "--help"], {}, {}),
-            "peftlab train --cfg job": ([*PEFTLAB, "train", "--cfg", "job"], {}, {}),
-            "HF peft, plain loop, fp32, 8 x 128 tokens": (
-                [sys.executable, bench, "contend", peer],
-                {'{"first"': "step 1 ends"},
-                {},
-            ),
-            "peftlab train, 8 rows of bfcl, warm": (
-                [*train, "dataset.train_size=8"],
-                {BEGINS: "step 1 begins", "step 1/": "step 1 ends"},
-                {},
-            ),
-            "compile=true, 24 rows, graphs in the cache": (
-                [*train, "dataset.train_size=24", "compile=true"],
-                {BEGINS: "step 1 begins", "step 2/": "step 2, the first compiled, ends"},
-                {},
-            ),
-            "compile=true, 24 rows, graphs not in the cache": (
-                [*train, "dataset.train_size=24", "compile=true"],
-                {BEGINS: "step 1 begins", "step 2/": "step 2, the first compiled, ends"},
-                {"TORCHINDUCTOR_CACHE_DIR": empty},
-            ),
-        }
-        found: dict[str, dict[str, list[float]]] = {label: {} for label in commands}
-        for turn in range(rounds + 1):  # the first fills the caches, and does not count
-            for label, (command, lines, environment) in commands.items():
-                cold = environment.get("TORCHINDUCTOR_CACHE_DIR")
-                if cold is not None:
-                    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{cold}/{turn}"
-                for what, seconds in _seconds(command, lines, environment).items():
-                    if turn:
-                        found[label].setdefault(what, []).append(seconds)
-                if cold is not None:
-                    environment["TORCHINDUCTOR_CACHE_DIR"] = cold
+    begins = {BEGINS: "step 1 begins"}
+    compiles = [*train, "dataset.train_size=24", "compile=true"]
+    second = begins | {"step 2/": "step 2, the first compiled, ends"}
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {
+        "peftlab --help": ([*PEFTLAB, "--help"], {}),
+        "peftlab train --cfg job": ([*PEFTLAB, "train", "--cfg", "job"], {}),
+        "HF peft, plain loop, fp32, 8 x 128 tokens": (
+            [sys.executable, bench, "contend", json.dumps(peer)],
+            {'{"first"': "step 1 ends"},
+        ),
+        "peftlab train, 8 rows of bfcl, warm": (
+            [*train, "dataset.train_size=8"],
+            begins | {"step 1/": "step 1 ends"},
+        ),
+        "compile=true, 24 rows, graphs in the cache": (compiles, second),
+        COLD: (compiles, second),
+    }
+    found: dict[str, dict[str, list[float]]] = {label: {} for label in commands}
+    for turn in range(rounds + 1):  # the first fills the caches, and does not count
+        for label, (command, lines) in commands.items():
+            for what, seconds in _seconds(command, lines, cold=label == COLD).items():
+                if turn:
+                    found[label].setdefault(what, []).append(seconds)
     print("\n## From the start of the process\n")
     print("| command | until | s | spread |\n| --- | --- | ---: | ---: |")
     for label, times in found.items():
@@ -67,15 +55,16 @@ def starts(rounds: int) -> dict[str, Any]:
     return {"starts": found}
 
 
-def _seconds(
-    command: list[str], lines: Mapping[str, str], environment: dict[str, str]
-) -> dict[str, float]:
+def _seconds(command: list[str], lines: Mapping[str, str], *, cold: bool) -> dict[str, float]:
     """Return the seconds until a line begins with each key of `lines`; without any, until the end.
 
-    They go by the names that are its values.
+    They go by the names that are its values. cold: without compiled graphs of earlier runs.
     """
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
+        environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if cold:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/graphs"
         started = time.perf_counter()
         process = subprocess.Popen(
             command,
@@ -84,7 +73,7 @@ def _seconds(
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            env=os.environ | environment,
         )
         assert process.stdout is not None
         written = []
