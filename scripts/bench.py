@@ -31,8 +31,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peftlab.allocator import keep_memory
-
 ROWS, LENGTH, RANK = 8, 128, 8
 CORES = os.cpu_count() or 1
 COMMANDS = ("starts", "losses", "study")  # what measures whole commands, not steps
@@ -44,7 +42,9 @@ GIB = 2**30
 
 def contend(spec: dict[str, Any]) -> None:
     """Build what `spec` describes, then do a step for each line `go` on stdin; tell its time."""
-    if spec["stack"] != "peft":
+    if spec["stack"] != "peft":  # whose process is as its user would have it
+        from peftlab.allocator import keep_memory  # and with it how threads wait
+
         keep_memory()  # as the command does
     import torch
 
@@ -212,10 +212,10 @@ class Contender:
     def begin(self) -> Contender:
         """Start the process and wait until it is warm."""
         environment = os.environ | {
-            "OMP_WAIT_POLICY": "PASSIVE",
             "OMP_NUM_THREADS": str(self.spec["threads"]),
             "HF_HUB_OFFLINE": "1",
         }
+        environment.pop("GOMP_SPINCOUNT", None)  # which peftlab has set here, for itself alone
         words = [sys.executable, __file__, "contend", json.dumps(self.spec)]
         self.process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -237,7 +237,8 @@ def install_stock(folder: Path) -> Path:
 
 def timed(folder: Path, command: list[str], results: str, *, threads: int) -> dict:
     """Run a sweep in `folder`; return its seconds and what it wrote into the folder `results`."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment.pop("GOMP_SPINCOUNT", None)  # which peftlab has set here, for itself alone
     started = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
