@@ -31,6 +31,7 @@ from peftlab.files import cache_dir, making, sha256_of, write_atomic
 from peftlab.fit import nats_of, nats_of_logits
 from peftlab.nf4 import quantize_
 from peftlab.packages import PACKAGES, wheel
+from peftlab.products import use_onednn_
 from peftlab.sites import find_sites, kinds_of
 
 SHORT = 128  # tokens up to which eager attention's backward beats SDPA's in bf16 on the CPU
@@ -108,6 +109,8 @@ def load_backbone(model: Mapping, *, precision: str, block_length: int) -> Backb
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model.path={folder}: cannot be loaded ({_first_line(error)})") from error
     conv1d_to_linear(net)
+    if device.type == "cpu":
+        use_onednn_(net)
     net.requires_grad_(False)
     total_params = sum(p.numel() for p in net.parameters())
     if quantize:  # here, so that no dense weight reaches the device for long

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftlab.products import product
+
 IGNORE = -100
 LOGITS_PER_CHUNK = 2**24  # 32 MiB of bf16: the largest piece of the logits that ever exists
 IN_CACHE = 2**20  # 4 MiB of float32: of that piece, what is worked on at a time on a CPU
@@ -73,7 +75,7 @@ class _LinearNLL(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for part in _chunks(len(hidden), max(1, LOGITS_PER_CHUNK // head.shape[0])):
             x = hidden[part].to(dtype)
-            logits = x @ weight.T
+            logits = product(x, weight.T)
             if not any(ctx.needs_input_grad):
                 for some, target in _few_rows(logits, targets[part]):
                     nats += nll(some if bias is None else some.float() + bias, target)
@@ -82,9 +84,9 @@ class _LinearNLL(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
-                d_hidden[part] = logits @ weight
+                d_hidden[part] = product(logits, weight)
             if d_head is not None:
-                d_head += logits.T @ x
+                d_head += product(logits.T, x)
         ctx.gradients = (d_hidden, d_head, d_bias)
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         return nats

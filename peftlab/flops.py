@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import peftlab.products  # noqa: F401  registers the operator
+
 
 def _attention(query, key, value, *args, **kwargs) -> int:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
@@ -17,7 +19,12 @@ def _attention_backward(gradient, query, key, value, *args, **kwargs) -> int:
     return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
+def _linear(x, weight, bias, *, out_val) -> int:
+    return 2 * out_val.numel() * weight.shape[1]
+
+
 FORMULAS = {
+    torch.ops.peftlab.linear: _linear,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     **flop_registry,

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftlab.errors import require
 from peftlab.nf4 import dequantize_
 from peftlab.peft_form import NoPeftForm, PeftForm, lora_form
+from peftlab.products import linear
 from peftlab.sites import FUSED, Site
 from peftlab.thin import add_thin_
 
@@ -276,7 +276,7 @@ class WeightMethod(SiteMethod):
         with full_precision(x):
             W = self.weight(t, site.weight.float())
             b = None if site.bias is None else self.bias(t, site.bias.float())
-        return F.linear(x, W, None if b is None else b.to(W.dtype))
+        return linear(x, W, None if b is None else b.to(W.dtype))
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:

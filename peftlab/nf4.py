@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftlab.products import linear
+
 BLOCK = 64  # weights with one absmax
 NESTED = 256  # absmax with one scale
 LEVELS = (
@@ -82,14 +84,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, packed: Packed, shape, dtype):
         ctx.save_for_backward(*packed)
         ctx.shape, ctx.dtype = shape, dtype
-        return F.linear(x, unpack(packed, shape, dtype), bias)
+        return linear(x, unpack(packed, shape, dtype), bias)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
         (gradient,) = grad_outputs
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ unpack(Packed(*ctx.saved_tensors), ctx.shape, ctx.dtype)
+            of_x = linear(gradient, unpack(Packed(*ctx.saved_tensors), ctx.shape, ctx.dtype).T)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.flatten(0, -2).sum(0)
         return of_x, of_bias, None, None, None
@@ -97,18 +99,18 @@ class _Linear(torch.autograd.Function):
 
 def quantize_(linears: Iterable[nn.Linear], device: torch.device) -> None:
     """Turn each layer into an NF4Linear in place; its weight is packed on `device`."""
-    for linear in linears:
-        restore_(linear, pack(linear.weight.detach().to(device)))
+    for layer in linears:
+        restore_(layer, pack(layer.weight.detach().to(device)))
 
 
-def restore_(linear: nn.Linear, packed: Packed) -> None:
-    """Drop the dense weight of `linear` for `packed`: the way back from `dequantize_`."""
-    dtype = linear.weight.dtype
-    del linear.weight
-    linear.__class__ = NF4Linear
-    cast(NF4Linear, linear).dtype = dtype
+def restore_(layer: nn.Linear, packed: Packed) -> None:
+    """Drop the dense weight of `layer` for `packed`: the way back from `dequantize_`."""
+    dtype = layer.weight.dtype
+    del layer.weight
+    layer.__class__ = NF4Linear
+    cast(NF4Linear, layer).dtype = dtype
     for name, tensor in packed._asdict().items():
-        linear.register_buffer(name, tensor)
+        layer.register_buffer(name, tensor)
 
 
 def dequantize_(net: nn.Module) -> dict[nn.Linear, Packed]:

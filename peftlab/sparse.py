@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftlab.bits import IGNORE
 from peftlab.data import Example
 from peftlab.errors import require
+from peftlab.products import linear, outer
 
 if TYPE_CHECKING:
     from peftlab.data import Batch
@@ -133,7 +134,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x: Tensor, values: Tensor, at: Tensor, shape: tuple[int, int]):
         ctx.save_for_backward(x, values, at)
         ctx.shape = shape
-        return F.linear(x, _dense(values, at, shape).to(x.dtype))
+        return linear(x, _dense(values, at, shape).to(x.dtype))
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
@@ -141,7 +142,7 @@ class _Linear(torch.autograd.Function):
         x, values, at = ctx.saved_tensors
         of_x = of_values = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _dense(values, at, ctx.shape).to(gradient.dtype)
+            of_x = linear(gradient, _dense(values, at, ctx.shape).to(gradient.dtype).T)
         if ctx.needs_input_grad[1]:
             slope = outer(gradient, x).flatten()
             of_values = slope[at.clamp(max=len(slope) - 1)].to(
@@ -152,11 +153,6 @@ class _Linear(torch.autograd.Function):
 
 def _dense(values: Tensor, at: Tensor, shape: tuple[int, int]) -> Tensor:
     return values.new_zeros(shape[0] * shape[1] + 1).scatter(0, at, values)[:-1].view(shape)
-
-
-def outer(gradient: Tensor, x: Tensor) -> Tensor:
-    """Gradient of W [d_out, d_in] in y = x Wᵀ, from that of y [..., d_out] and x [..., d_in]."""
-    return gradient.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 def largest(scores: Iterable[Tensor], k: int) -> Tensor:

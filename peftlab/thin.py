@@ -7,9 +7,10 @@ to memory. On a CPU such passes are much of what LoRA and its kin cost beyond th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from peftlab.products import linear, outer, product
 
 
 def add_thin_(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def add_thin_(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 def plain_add_thin(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """`add_thin_` as it is written: the reference."""
-    return y + F.linear(F.linear(x, down), up)
+    return y + linear(linear(x, down), up)
 
 
 class _AddThin(torch.autograd.Function):
@@ -36,7 +37,7 @@ class _AddThin(torch.autograd.Function):
         ctx.shape = x.shape
         # as autocast, which does not reach into `out=`; y has its type already
         x, down, up = (t.to(y.dtype) for t in (x.flatten(0, -2), down, up))
-        h = x @ down.T
+        h = product(x, down.T)
         flat = y.view(-1, y.shape[-1])
         torch.addmm(flat, h, up.T, out=flat)
         ctx.mark_dirty(y)
@@ -50,9 +51,9 @@ class _AddThin(torch.autograd.Function):
         x, h, down, up = ctx.saved_tensors
         _, needs_x, needs_down, needs_up = ctx.needs_input_grad
         slope = d_y.flatten(0, -2)
-        d_h = slope @ up
-        d_x = (d_h @ down).view(ctx.shape) if needs_x else None
-        d_down = d_h.T @ x if needs_down else None
-        d_up = slope.T @ h if needs_up else None
+        d_h = product(slope, up)
+        d_x = product(d_h, down).view(ctx.shape) if needs_x else None
+        d_down = outer(d_h, x) if needs_down else None
+        d_up = outer(slope, h) if needs_up else None
         gradients = zip((d_x, d_down, d_up), ctx.dtypes, strict=True)
         return d_y, *(None if d is None else d.to(dtype) for d, dtype in gradients)

@@ -18,6 +18,7 @@ from peftlab.method import (
     kaiming,
 )
 from peftlab.peft_form import PeftForm, lora_form
+from peftlab.products import product
 from peftlab.sites import Site
 from peftlab.thin import add_thin_
 
@@ -85,7 +86,7 @@ class DoRA(WeightMethod):
         ‖W + s B A‖² = ‖W‖² + ⟨2 s W Aᵀ + s² B A Aᵀ, B⟩ by rows, all of width r.
         """
         A, B = (t.A.detach(), t.B.detach()) if self.detach_norm else (t.A, t.B)
-        cross = W.to(A.dtype) @ A.T
+        cross = product(W.to(A.dtype), A.T)
         change = torch.addmm(cross, B, A @ A.T, beta=2 * self.scale, alpha=self.scale**2)
         return (t.square + (change * B).sum(1)).sqrt()
 

@@ -15,8 +15,9 @@ from peftlab.data import Batch, pad
 from peftlab.errors import require
 from peftlab.fit import logits_of
 from peftlab.method import WeightMethod, check_count
+from peftlab.products import outer
 from peftlab.sites import Site
-from peftlab.sparse import Entries, drawn, largest, outer, share_of
+from peftlab.sparse import Entries, drawn, largest, share_of
 
 SCORES = ("square", "absolute")
 LABELS = ("data", "sampled")
