@@ -332,6 +332,7 @@ def steps(rounds: int, starts: int) -> dict[str, Any]:
         f"2 x HF peft, {kind}": {"stack": "peft"},
         f"2 x peftlab, {precision()}": {},
         f"2 x peftlab, {precision()}, compile": {"compile": True},
+        f"2 x matmuls alone, {precision()} (the limit)": {"stack": "matmul"},
     }.items():
         together[label], _ = side_by_side([spec | {"threads": 1}] * 2, 4)
         print(

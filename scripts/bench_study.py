@@ -9,7 +9,8 @@ token of the whole train split after three epochs), so that both have one best l
 - stock: hydra-optuna-sweeper 1.3.0 with optuna 2.10 in memory, HF peft, a plain loop, float32, one
   process with all cores; it gets an environment of its own, by pip, and torch, transformers and
   peft from this one;
-- peftlab: +sweeps=tune with pruning, one worker per core.
+- peftlab: +sweeps=tune with pruning, one worker per core; in float32, and in bf16 where the
+  processor multiplies it (`precision: auto`).
 
 They take turns, A B A B; a round takes 20 minutes. Prints a table. Nothing else should run.
 """
@@ -26,6 +27,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -115,6 +117,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--data", nargs="+", default=["dataset=cmudict"], metavar="OVERRIDE")
     parser.add_argument("--pruners", nargs="+", default=["asha"], help="of peftlab's sweep; asha")
+    both = "of peftlab's sweep; fp32, and bf16 where the processor multiplies it"
+    parser.add_argument("--precisions", nargs="+", help=both)
     study(**vars(parser.parse_args()))
     return 0
 
@@ -124,6 +128,7 @@ def study(
     rows: int = 48,
     data: Sequence[str] = ("dataset=cmudict",),
     pruners: Sequence[str] = ("asha",),
+    precisions: Sequence[str] | None = None,
 ) -> dict[str, list[dict]]:
     """Run the studies in turn; print and return how long each took and what it found."""
     overrides = [*data, f"dataset.train_size={rows}", "dataset.test_size=8"]
@@ -142,8 +147,9 @@ def study(
         ours += ["hydra/launcher=peftlab_workers", f"hydra.launcher.n_jobs={CORES}"]
         ours += space(lr="optimizer.lr", gamma="method.gamma", rank="method.rank")
         stacks = {"stock": (theirs, CORES)}
-        for pruner in pruners:
-            stacks[f"peftlab, {pruner}"] = ([*ours, f"hydra/sweeper/pruner={pruner}"], 1)
+        for pruner, precision in product(pruners, precisions or precisions_here()):
+            words = [f"hydra/sweeper/pruner={pruner}", f"precision={precision}"]
+            stacks[f"peftlab, {pruner}, {precision}"] = ([*ours, *words], 1)
         print(
             f"{TRIALS} trials of {n_steps} steps, {rows} rows of {' '.join(data)}, {CORES} cores\n"
         )
@@ -163,6 +169,15 @@ def study(
         spread = f"{min(ratios):.3f}..{max(ratios):.3f}"
         print(f"\n{label}: {statistics.median(ratios):.3f} of stock's time ({spread})")
     return found
+
+
+def precisions_here() -> list[str]:
+    """Return those worth measuring: bf16 where `precision: auto` is that, and float32."""
+    import torch
+
+    from peftlab.backbone import fast_bf16
+
+    return ["bf16", "fp32"] if fast_bf16(torch.device("cpu")) else ["fp32"]
 
 
 def tell(turn: int, stack: str, study: Mapping, stock: Mapping) -> None:
