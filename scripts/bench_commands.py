@@ -62,7 +62,8 @@ def _seconds(command: list[str], lines: Mapping[str, str], *, cold: bool) -> dic
     """
     times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        environment = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("GOMP_SPINCOUNT", None)  # as in bench.py: each stack as its user has it
         if cold:
             environment["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/graphs"
         started = time.perf_counter()
@@ -73,7 +74,7 @@ def _seconds(command: list[str], lines: Mapping[str, str], *, cold: bool) -> dic
             stderr=subprocess.STDOUT,
             text=True,
             cwd=folder,
-            env=os.environ | environment,
+            env=environment,
         )
         assert process.stdout is not None
         written = []
