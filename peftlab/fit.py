@@ -135,6 +135,9 @@ def fit(
     device = params[0].device
     method = attached(net)
     peak = [group["lr"] for group in optimizer.param_groups]
+    # Not on a GPU, where the price of a pass was never measured; and an update within backward
+    # needs the whole step in one.
+    split = device.type == "cpu" and not in_backward(optimizer)
 
     def nats(batch: Batch) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -169,7 +172,7 @@ def fit(
         if done == epochs:
             return
         net.train()
-        for micro_batches in data.steps(done)[progress.step % data.n_steps :]:
+        for micro_batches in data.steps(done, split=split)[progress.step % data.n_steps :]:
             if stop():
                 raise Stopped
             started = time.perf_counter()

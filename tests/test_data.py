@@ -1,5 +1,6 @@
 import collections
 import json
+import math
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from peftlab.bits import IGNORE
-from peftlab.data import EVAL_PADDING, EVAL_TOKENS, KEYS, Batch, Data, load_data
+from peftlab.data import EVAL_TOKENS, KEYS, PASS, Batch, Data, load_data
 from peftlab.documents import Template
 from peftlab.errors import InputError
 from peftlab.sources import Rows
@@ -318,7 +319,7 @@ def test_bucketing_keeps_padding_small(many):
 
 
 def test_evaluation_batches_hold_every_row_within_the_budget(tmp_path):
-    rows = [{"text": "x" * (1000 + 40 * n)} for n in range(9)] + [{"text": "y" * 5000}]
+    rows = [{"text": "x" * (1000 + 10 * n)} for n in range(9)] + [{"text": "y" * 5000}]
     data = load(config(folder_of(tmp_path, rows), block_length=6000))
     made = data.batches(data.test)
     assert [len(batch.ids) for batch in made] == [1, 3, 3, 3]
@@ -327,16 +328,47 @@ def test_evaluation_batches_hold_every_row_within_the_budget(tmp_path):
     assert sum(batch.n_targets for batch in made) == data.test.n_targets
 
 
-def test_evaluation_batches_hold_little_padding(many):
-    data = load(many, batch=4)
+def cost(batches) -> int:
+    """Of passes over these batches, in tokens."""
+    return sum(batch.ids.numel() + PASS for batch in batches)
+
+
+def ways(lengths, limit=math.inf):
+    """All costs of passes over rows of these lengths, longest first, at most `limit` together."""
+    if not lengths:
+        return [0]
+    return [
+        lengths[0] * n + PASS + rest
+        for n in range(1, len(lengths) + 1)
+        if n == 1 or lengths[0] * n <= limit
+        for rest in ways(lengths[n:], limit)
+    ]
+
+
+@pytest.mark.parametrize("step", (50, 200))  # some rows together, or each one alone
+def test_evaluation_batches_cost_as_little_as_any(tmp_path, step):
+    rows = [{"text": "x" * length} for length in range(10, 2000, step)][:10]
+    data = load(config(folder_of(tmp_path, rows + rows[:2] + rows[-1:]), block_length=3000))
+    lengths = sorted((len(example.ids) for example in data.train.examples), reverse=True)
     made = data.batches(data.train)
-    padding = [batch.ids.numel() - batch.n_tokens for batch in made]
-    assert len(made) > 1 and 0 < max(padding) <= EVAL_PADDING
-    for spent, batch, after in zip(padding, made, made[1:], strict=False):
-        one_more = batch.ids.shape[1] - after.ids.shape[1]  # the longest of the next batch
-        assert spent + one_more > EVAL_PADDING  # no batch ends early
-    lengths = [len(example.ids) for example in data.train.examples]
-    assert max(lengths) * len(lengths) < EVAL_TOKENS  # by tokens alone one batch would do
+    assert 1 < len(made) <= len(lengths)
+    assert cost(made) == min(ways(lengths, EVAL_TOKENS))
+    assert cost(made) < sum(lengths[0] + PASS for _ in lengths)
+
+
+@pytest.mark.parametrize("micro_batch", (3, 8))
+def test_a_step_is_split_where_that_costs_less(tmp_path, micro_batch):
+    rows = [{"text": "x" * (5 + 3 * n**2)} for n in range(12)] + [{"text": "y" * 9}] * 6
+    settings = config(folder_of(tmp_path, rows), train_size=16)
+    data = load(settings, batch=8, micro_batch=micro_batch)
+    whole, split = data.steps(1), data.steps(1, split=True)
+    assert [sorted(r for b in step for r in rows_of(b)) for step in whole] == [
+        sorted(r for b in step for r in rows_of(b)) for step in split
+    ]
+    assert sum(map(len, split)) > sum(map(len, whole))
+    for before, after in zip(whole, split, strict=True):
+        parts = [sorted(map(len, rows_of(batch)), reverse=True) for batch in before]
+        assert cost(after) == sum(min(ways(lengths)) for lengths in parts)
 
 
 # --- splits ---------------------------------------------------------------------------------------

@@ -205,10 +205,16 @@ def test_killed_goes_on_from_the_last_epoch(compose, tmp_path):
     assert resumed["final"] == whole["final"]
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_accumulation_changes_nothing(compose, tmp_path, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "a_pass"), [(1, 64), (3, 64), (8, 0)])
+def test_accumulation_changes_nothing(compose, tmp_path, monkeypatch, micro_batch, a_pass):
+    """Neither rows per pass nor the passes that a step is split into, by length, do."""
+    monkeypatch.setattr("peftlab.data.PASS", 10**9)  # a step is one pass
     whole = go(compose("batch=8", "micro_batch=8"), tmp_path / "whole")
+    monkeypatch.setattr("peftlab.data.PASS", a_pass)
     parts = go(compose("batch=8", f"micro_batch={micro_batch}"), tmp_path / "parts")
+    assert parts["cost"]["step_flops"] <= whole["cost"]["step_flops"]
+    if not a_pass:  # no padding is left
+        assert parts["cost"]["step_flops"] < whole["cost"]["step_flops"]
     for split in ("train", "test"):
         key = f"{split}_nats"
         assert parts["final"][key] == pytest.approx(whole["final"][key], rel=1e-5)
