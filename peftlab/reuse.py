@@ -113,6 +113,10 @@ def idle_blocks(net: PreTrainedModel, batch: Batch, *, autocast: bool) -> tuple[
     if any(_touched(module) for module in outside):
         return 0, 0
     device = next(net.parameters()).device
+    frozen = [not any(p.requires_grad for p in block.parameters()) for block in blocks]
+    untouched = [not any(_touched(module) for module in block.modules()) for block in blocks]
+    if not (frozen[0] and untouched[0]):  # as with most methods: no need to look
+        return 0, 0
     start = _random_state(device)
     idle: list[bool] = []
     outputs: list[Tensor] = []
@@ -120,17 +124,15 @@ def idle_blocks(net: PreTrainedModel, batch: Batch, *, autocast: bool) -> tuple[
     def look(block: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         plain = isinstance(output, Tensor) and not output.requires_grad
         drawn = not torch.equal(start, _random_state(device))
-        trained = any(p.requires_grad for p in block.parameters())
-        idle.append(plain and not drawn and not trained)
+        idle.append(plain and not drawn)
         outputs.append(output if isinstance(output, Tensor) else output[0])
 
-    untouched = [not any(_touched(module) for module in block.modules()) for block in blocks]
     handles = [block.register_forward_hook(look) for block in blocks]
     training = net.training
     net.train()
     try:
         whole = _last_hidden(net, batch, autocast=autocast)
-        found = [a and b for a, b in zip(idle, untouched, strict=True)]
+        found = [all(facts) for facts in zip(idle, frozen, untouched, strict=True)]
         n_blocks = found.index(False) if False in found else len(blocks)
         if not n_blocks:
             return 0, 0
