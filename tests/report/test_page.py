@@ -145,6 +145,7 @@ def test_selectors_change_the_plots_and_the_hash_restores_them(opened, page):
     assert opened.evaluate("document.querySelectorAll('#best-table tbody tr').length") == 4
     assert "3 of 6 methods" not in opened.evaluate("byId('status').textContent")
     assert "4 of 6 methods" in opened.evaluate("byId('status').textContent")
+    assert opened.evaluate("some(1, 'run') + some(2, 'run')") == "1 run2 runs"
     fragment = opened.evaluate("location.hash")
     assert "show=all" in fragment and "off=c" in fragment and "off=d" in fragment
     opened.open(page + fragment)

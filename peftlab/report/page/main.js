@@ -48,8 +48,8 @@ function drawTexts(view) {
   byId("explained").replaceChildren(...data.explained.map((line) => element("p", {}, line)));
   byId("board-notes").replaceChildren(...board.notes.map((note) => element("li", {}, note)));
   const left = data.left_out
-    ? ` Curves and configs of ${count(data.left_out)} runs are left out to keep the page small.` : "";
-  byId("version").textContent = `Written by peftlab ${data.version} from ${count(runs.board.length)} runs.${left}`;
+    ? ` Curves and configs of ${some(data.left_out, "run")} are left out to keep the page small.` : "";
+  byId("version").textContent = `Written by peftlab ${data.version} from ${some(runs.board.length, "run")}.${left}`;
 }
 
 /** Draw all that follows from the state. */
@@ -63,7 +63,7 @@ function draw() {
   drawRun(view);
   drawAllTable(view);
   byId("status").textContent =
-    `Shown: ${view.shown.size} of ${view.methods.length} methods, ${count(view.runs.length)} runs.`;
+    `Shown: ${view.shown.size} of ${some(view.methods.length, "method")}, ${some(view.runs.length, "run")}.`;
 }
 
 /** Change the state, keep the keyboard where it was, and draw. */

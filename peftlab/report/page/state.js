@@ -92,6 +92,7 @@ const bits = (value) => known(value, (v) => v.toFixed(3));
 const measure = ([mean, spread]) =>
   spread === null ? bits(mean) : `${bits(mean)} ± ${bits(spread)}`;
 const count = (value) => known(value, (v) => v.toLocaleString("en"));
+const some = (n, things) => `${count(n)} ${things}${n === 1 ? "" : "s"}`;
 const number = (value) =>
   known(value, (v) => (v !== 0 && (Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5)
     ? v.toExponential(2).replace(/\.?0+e/, "e") : String(Number(v.toPrecision(4)))));
