@@ -134,7 +134,7 @@ def _built(
     eager = eager_is_faster(torch.device("cpu"), precision, length)
     model = copy(model)  # the caller's may be that of a model in use
     model._attn_implementation = "eager" if eager else "sdpa"
-    with _converting(), _one_document(), FakeTensorMode(allow_non_fake_inputs=True), _Scalars():
+    with _converting(), _one_document(), _Shapes(allow_non_fake_inputs=True), _Scalars():
         net = AutoModelForCausalLM.from_config(model, dtype=DTYPES[precision])
         conv1d_to_linear(net)
         net.requires_grad_(False)
@@ -148,6 +148,16 @@ def _built(
         if isinstance(chosen, NetOptimizer):
             chosen.attach(net)
         yield net, chosen
+
+
+class _Shapes(FakeTensorMode):
+    """torch's mode, shared by deep copies of its tensors, which would copy it with all it knows.
+
+    After such a copy Python's garbage collector fails at random (torch 2.13).
+    """
+
+    def __deepcopy__(self, memo: dict) -> "_Shapes":
+        return self
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 from conftest import NETS, attach, defaults, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftlab.backbone import DTYPES
 from peftlab.config import HOME
@@ -70,6 +71,19 @@ def test_it_is_what_real_tensors_hold(precision, method, kind):
     real.step()
     states = [value for state in real.state.values() for value in state.values()]
     assert memory.optimizer == sum(value.nbytes for value in states)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft, of norms
+@pytest.mark.parametrize("changes", [{"peft_type": "LORA"}, {"peft_type": "LN_TUNING"}])
+def test_a_method_may_copy_its_layers(monkeypatch, changes):
+    """What knows the shapes is not copied with them: Python crashed some collections later."""
+
+    def copied(mode, protocol):
+        raise AssertionError("the mode was copied")
+
+    monkeypatch.setattr(FakeTensorMode, "__reduce_ex__", copied)  # what a deep copy begins with
+    changes = changes | {"args": {"target_modules": None}}  # peft's own choice
+    assert estimated("hf_peft", NETS["llama"](), changes=changes).activations > 0
 
 
 def test_nf4_and_bf16_hold_less():
