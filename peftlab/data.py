@@ -39,6 +39,7 @@ EVAL_TOKENS = 4096  # padded tokens per evaluation batch: bounds memory, keeps t
 # What a pass through the model takes beside its tokens, in tokens: measured 14 to 170 on a CPU, the
 # least by one thread in float32 and the most by two in bf16.
 PASS = 64
+ALONE = 2**40  # more of a pass over one row: compiled blocks would need another graph for that
 
 
 class Example(NamedTuple):
@@ -156,8 +157,8 @@ def _divided(
 ) -> Iterator[Sequence[Example]]:
     """Divide `examples`, longest first, so that all passes together take the least time.
 
-    That is, counted in tokens, padding included, and PASS for each. tokens: the most, with padding,
-    of a part of several examples.
+    That is, counted in tokens, padding included, and PASS for each; no example is alone where it
+    need not be. tokens: the most, with padding, of a part of several examples.
     """
     lengths = [len(example.ids) for example in examples]
     # Of the first n examples: what they take at best, and where their last part begins then.
@@ -168,7 +169,8 @@ def _divided(
             size = lengths[first] * (end - first)
             if size > tokens and ways:
                 break  # and so would be all larger parts
-            ways.append((best[first][0] + size + PASS, first))
+            price = PASS if ways else PASS + ALONE
+            ways.append((best[first][0] + size + price, first))
         best.append(min(ways))
     ends = [len(lengths)]
     while ends[-1]:

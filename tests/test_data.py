@@ -328,35 +328,36 @@ def test_evaluation_batches_hold_every_row_within_the_budget(tmp_path):
     assert sum(batch.n_targets for batch in made) == data.test.n_targets
 
 
-def cost(batches) -> int:
-    """Of passes over these batches, in tokens."""
-    return sum(batch.ids.numel() + PASS for batch in batches)
+def cost(batches) -> tuple[int, int]:
+    """Of passes over these batches: rows that are alone, and tokens."""
+    alone = sum(len(batch.ids) == 1 for batch in batches)
+    return alone, sum(batch.ids.numel() + PASS for batch in batches)
 
 
 def ways(lengths, limit=math.inf):
     """All costs of passes over rows of these lengths, longest first, at most `limit` together."""
     if not lengths:
-        return [0]
+        return [(0, 0)]
     return [
-        lengths[0] * n + PASS + rest
+        (alone + (n == 1), tokens + lengths[0] * n + PASS)
         for n in range(1, len(lengths) + 1)
         if n == 1 or lengths[0] * n <= limit
-        for rest in ways(lengths[n:], limit)
+        for alone, tokens in ways(lengths[n:], limit)
     ]
 
 
-@pytest.mark.parametrize("step", (50, 200))  # some rows together, or each one alone
+@pytest.mark.parametrize("step", (50, 400))  # with and without rows too long for two to a batch
 def test_evaluation_batches_cost_as_little_as_any(tmp_path, step):
-    rows = [{"text": "x" * length} for length in range(10, 2000, step)][:10]
-    data = load(config(folder_of(tmp_path, rows + rows[:2] + rows[-1:]), block_length=3000))
+    rows = [{"text": "x" * length} for length in range(10, 3500, step)][:10]
+    data = load(config(folder_of(tmp_path, rows + rows[:2] + rows[-1:]), block_length=4000))
     lengths = sorted((len(example.ids) for example in data.train.examples), reverse=True)
     made = data.batches(data.train)
     assert 1 < len(made) <= len(lengths)
     assert cost(made) == min(ways(lengths, EVAL_TOKENS))
-    assert cost(made) < sum(lengths[0] + PASS for _ in lengths)
+    assert cost(made)[1] < sum(lengths[0] + PASS for _ in lengths)
 
 
-@pytest.mark.parametrize("micro_batch", (3, 8))
+@pytest.mark.parametrize("micro_batch", (5, 8))
 def test_a_step_is_split_where_that_costs_less(tmp_path, micro_batch):
     rows = [{"text": "x" * (5 + 3 * n**2)} for n in range(12)] + [{"text": "y" * 9}] * 6
     settings = config(folder_of(tmp_path, rows), train_size=16)
@@ -368,7 +369,8 @@ def test_a_step_is_split_where_that_costs_less(tmp_path, micro_batch):
     assert sum(map(len, split)) > sum(map(len, whole))
     for before, after in zip(whole, split, strict=True):
         parts = [sorted(map(len, rows_of(batch)), reverse=True) for batch in before]
-        assert cost(after) == sum(min(ways(lengths)) for lengths in parts)
+        best = [min(ways(lengths)) for lengths in parts]
+        assert cost(after) == tuple(map(sum, zip(*best, strict=True)))
 
 
 # --- splits ---------------------------------------------------------------------------------------

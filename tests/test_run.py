@@ -213,7 +213,7 @@ def test_accumulation_changes_nothing(compose, tmp_path, monkeypatch, micro_batc
     monkeypatch.setattr("peftlab.data.PASS", a_pass)
     parts = go(compose("batch=8", f"micro_batch={micro_batch}"), tmp_path / "parts")
     assert parts["cost"]["step_flops"] <= whole["cost"]["step_flops"]
-    if not a_pass:  # no padding is left
+    if not a_pass:  # little padding is left
         assert parts["cost"]["step_flops"] < whole["cost"]["step_flops"]
     for split in ("train", "test"):
         key = f"{split}_nats"
