@@ -86,7 +86,7 @@ function lossFigure(x, y) {
     }
     const lead = front.slice().sort((a, b) => a[y] - b[y])[0];
     const caption = [
-      `${count(all.length)} ${state.show === "best" ? "methods" : "runs"}; lower is better on both axes.`,
+      `${some(all.length, state.show === "best" ? "method" : "run")}; lower is better on both axes.`,
       `Lowest: ${data.methods[lead.method]}, ${bits(lead[y])}.`,
       base ? `Frozen model: ${bits(y === "train" ? base[0] : base[1])}.` : "",
       outside ? `${outside} worse than the frozen model lie above the frame.` : "",
