@@ -39,7 +39,7 @@ EVAL_TOKENS = 4096  # padded tokens per evaluation batch: bounds memory, keeps t
 # What a pass through the model takes beside its tokens, in tokens: measured 14 to 170 on a CPU, the
 # least by one thread in float32 and the most by two in bf16.
 PASS = 64
-ALONE = 2**40  # more of a pass over one row: compiled blocks would need another graph for that
+ALONE = 2**40  # on top for a pass over one row, for which compiled blocks need another graph
 
 
 class Example(NamedTuple):
