@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental import _config as shapes
@@ -19,14 +20,11 @@ from transformers import PreTrainedModel
 
 from peftlab.errors import InputError
 from peftlab.files import cache_dir
-from peftlab.sites import decoder_blocks
+from peftlab.sites import blocks_of, touched
 
 # Floating-point operations of a run from which `compile: auto` compiles: some five minutes on two
 # CPU cores, of which it saves about a minute, for at most half a minute of compiling.
 WORTH_IT = 3e13
-# Of a model with more blocks than this, the first stays plain: its input, the embeddings, needs no
-# gradient, so that it would take a graph for itself, and half of all compiling.
-FEW = 8
 # What torch does not take to be safe to keep. Their arguments are constants of the graph, hence of
 # its key, and so is the autocast around it.
 KEPT = ("torch.amp.autocast_mode._enter_autocast", "torch.amp.autocast_mode._exit_autocast")
@@ -47,9 +45,31 @@ def compile_blocks(net: PreTrainedModel) -> None:
     kept = inductor.unsafe_marked_cacheable_functions
     inductor.unsafe_marked_cacheable_functions = kept | dict.fromkeys(KEPT, torch.__version__)
     _no_symbols(net)
-    blocks = list(_blocks(net))
-    for block in blocks[len(blocks) > FEW :]:
+    blocks = blocks_of(net)
+    for block in blocks:
         block.compile(dynamic=True)
+    if lowest := next(filter(_trains, blocks), None):
+        lowest._compiled_call_impl = _with_gradient(lowest._compiled_call_impl)
+
+
+def _trains(block: nn.Module) -> bool:
+    """Whether anything in a block is trained."""
+    trained = any(p.requires_grad for p in block.parameters())
+    return trained or any(touched(module) for module in block.modules())
+
+
+def _with_gradient(block: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the input's gradient computed, which nobody needs: so one graph serves all blocks.
+
+    A graph for the lowest trained block alone would be half of all compiling.
+    """
+
+    def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+            hidden_states = hidden_states.detach().requires_grad_()
+        return block(hidden_states, *args, **kwargs)
+
+    return call
 
 
 def _no_symbols(net: PreTrainedModel) -> None:
@@ -84,8 +104,3 @@ def worth_it(n_params: int, n_tokens: int) -> bool:
 def compiler() -> str | None:
     """Return the C++ compiler that torch would call."""
     return next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")), None)
-
-
-def _blocks(net: PreTrainedModel) -> Iterator[nn.Module]:
-    name, _ = decoder_blocks(net)
-    return iter(net.get_submodule(name).children())

@@ -18,7 +18,7 @@ from peftlab.data import Batch, Data, pad
 from peftlab.errors import InputError
 from peftlab.method import attached
 from peftlab.show import warn
-from peftlab.sites import decoder_blocks
+from peftlab.sites import blocks_of, touched
 
 # Bytes of all states. A constant, and not what is free just now: a run that goes on later, beside
 # other programs, has to decide as it did before, or its last bits would be others.
@@ -36,7 +36,7 @@ class Reuse:
     ) -> None:
         started = time.perf_counter()
         self.n_blocks = n_blocks
-        self.lower = _blocks(net)[:n_blocks]
+        self.lower = blocks_of(net)[:n_blocks]
         self.rows: dict[bytes, Tensor] = {}
         for batch in batches:
             states = _states(net, n_blocks, batch, autocast=autocast).cpu()
@@ -82,7 +82,7 @@ def reuse_of(net: PreTrainedModel, data: Data, *, autocast: bool) -> Reuse | Non
     autocast: multiply in bf16. Returns None if nothing is, or if it is more than LIMIT.
     """
     try:
-        blocks = _blocks(net)
+        blocks = blocks_of(net)
     except InputError:  # a model without one list of blocks trains as well
         return None
     probe = pad(data.train.examples[:1])
@@ -107,14 +107,14 @@ def idle_blocks(net: PreTrainedModel, batch: Batch, *, autocast: bool) -> tuple[
     state that they hand on is all that the blocks above know of them. Looked up in a forward pass
     of `batch` in train mode, which leaves no trace.
     """
-    blocks = _blocks(net)
+    blocks = blocks_of(net)
     inside = {module for block in blocks for module in block.modules()}
     outside = set(net.modules()) - inside - set(attached(net).modules())
-    if any(_touched(module) for module in outside):
+    if any(touched(module) for module in outside):
         return 0, 0
     device = next(net.parameters()).device
     frozen = [not any(p.requires_grad for p in block.parameters()) for block in blocks]
-    untouched = [not any(_touched(module) for module in block.modules()) for block in blocks]
+    untouched = [not any(touched(module) for module in block.modules()) for block in blocks]
     if not (frozen[0] and untouched[0]):  # as with most methods: no need to look
         return 0, 0
     start = _random_state(device)
@@ -148,16 +148,6 @@ def idle_blocks(net: PreTrainedModel, batch: Batch, *, autocast: bool) -> tuple[
     return n_blocks, state.shape[-1] * state.element_size()
 
 
-def _blocks(net: PreTrainedModel) -> list[nn.Module]:
-    name, _ = decoder_blocks(net)
-    return list(net.get_submodule(name).children())
-
-
-def _touched(module: nn.Module) -> bool:
-    """Whether somebody acts on a module's input or output."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _random_state(device: torch.device) -> Tensor:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
@@ -180,7 +170,7 @@ def _last_hidden(net: PreTrainedModel, batch: Batch, *, autocast: bool) -> Tenso
 @torch.no_grad()
 def _states(net: PreTrainedModel, n_blocks: int, batch: Batch, *, autocast: bool) -> Tensor:
     """Return the states [B, T, d] behind the first blocks, without running the others."""
-    blocks = _blocks(net)
+    blocks = blocks_of(net)
     found: list[Tensor] = []
     handle = blocks[n_blocks - 1].register_forward_hook(lambda *call: found.append(call[-1]))
     try:

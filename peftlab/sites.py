@@ -180,6 +180,17 @@ def decoder_blocks(backbone: nn.Module) -> tuple[str, int]:
     return outermost[0], count
 
 
+def blocks_of(net: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder blocks, lowest first; raises as `decoder_blocks`."""
+    name, _ = decoder_blocks(net)
+    return list(net.get_submodule(name).children())
+
+
+def touched(module: nn.Module) -> bool:
+    """Whether somebody acts on a module's input or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def most_positions(net: PreTrainedModel) -> float:
     """Return how many positions the model has; infinity if its config names no limit."""
     return getattr(net.config.get_text_config(), "max_position_embeddings", None) or math.inf
