@@ -38,11 +38,13 @@ def slope_(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """
     nats = logits.new_zeros((), dtype=torch.float32)
     for part, target in _few_rows(logits, targets):
-        log_p = (part.float() if bias is None else part.float() + bias.float()).log_softmax(-1)
-        nats -= log_p.gather(1, target).sum()
-        # softmax - one-hot, made in place of the log
+        z = part.float() if bias is None else part.float() + bias.float()
+        p = z.softmax(-1)
+        # -ln p(target), by way of the largest p, which is never too small for a logarithm: the
+        # exponentials are computed once, not for log-softmax and again for the gradient
+        nats += (z.amax(-1) - z.gather(1, target).squeeze(1) - p.amax(-1).log()).sum()
         minus_one = -torch.ones_like(target, dtype=torch.float32)
-        part.copy_(log_p.exp_().scatter_add_(1, target, minus_one))
+        part.copy_(p.scatter_add_(1, target, minus_one))  # softmax - one-hot
     return nats
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental import _config as shapes
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from peftlab.errors import InputError
@@ -48,8 +49,9 @@ def compile_blocks(net: PreTrainedModel) -> None:
     blocks = blocks_of(net)
     for block in blocks:
         block.compile(dynamic=True)
-    if lowest := next(filter(_trains, blocks), None):
-        lowest._compiled_call_impl = _with_gradient(lowest._compiled_call_impl)
+    lowest = next(filter(_trains, blocks), None)
+    if lowest is not None and (call := lowest._compiled_call_impl):
+        lowest._compiled_call_impl = _with_gradient(call)
 
 
 def _trains(block: nn.Module) -> bool:
@@ -65,7 +67,8 @@ def _with_gradient(block: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not hidden_states.requires_grad:
+        wanted = torch.is_grad_enabled() and not is_in_torch_dispatch_mode()  # as where FLOPs count
+        if wanted and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
         return block(hidden_states, *args, **kwargs)
 

@@ -73,6 +73,16 @@ def test_chunked_loss_equals_the_plain_form(monkeypatch, per_chunk, at_a_time, w
         )
 
 
+@pytest.mark.parametrize("target, nats", [(0, 0.0), (1, 300.0), (2, 9000.0)])
+def test_what_is_nearly_impossible_costs_no_more_than_it_does(target, nats):
+    logits = torch.tensor([[1000.0, 700.0, -8000.0]])  # e^-300 is no float32
+    hidden = torch.ones(1, 1, requires_grad=True)
+    loss = linear_nll(hidden, logits.T, None, torch.tensor([target]))
+    loss.backward()
+    assert loss.item() == nats
+    assert hidden.grad.item() == 1000.0 - logits[0, target]  # Σ (p - one-hot) logit
+
+
 def test_no_target_costs_nothing():
     hidden = torch.randn(2, 3, 4, requires_grad=True)
     nats = linear_nll(hidden, torch.randn(5, 4), None, torch.full((2, 3), IGNORE))
