@@ -89,6 +89,7 @@ class _LinearNLL(torch.autograd.Function):
                 d_hidden[part] = product(logits, weight)
             if d_head is not None:
                 d_head += product(logits.T, x)
+            del logits  # the next ones are written where these were, in the processor's cache
         ctx.gradients = (d_hidden, d_head, d_bias)
         ctx.dtypes = (hidden.dtype, head.dtype, None if bias is None else bias.dtype)
         return nats
