@@ -78,11 +78,11 @@ class _LinearNLL(torch.autograd.Function):
         for part in _chunks(len(hidden), max(1, LOGITS_PER_CHUNK // head.shape[0])):
             x = hidden[part].to(dtype)
             logits = product(x, weight.T)
-            if not any(ctx.needs_input_grad):
+            if any(ctx.needs_input_grad):
+                nats += slope_(logits, bias, targets[part, None])
+            else:
                 for some, target in _few_rows(logits, targets[part]):
                     nats += nll(some if bias is None else some.float() + bias, target)
-                continue
-            nats += slope_(logits, bias, targets[part, None])
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
