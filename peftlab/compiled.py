@@ -55,9 +55,9 @@ def compile_blocks(net: PreTrainedModel) -> None:
 
 
 def _trains(block: nn.Module) -> bool:
-    """Whether anything in a block is trained."""
+    """Whether anything in a block is trained. A hook of the block as a whole may be a reader's."""
     trained = any(p.requires_grad for p in block.parameters())
-    return trained or any(touched(module) for module in block.modules())
+    return trained or any(touched(module) for module in block.modules() if module is not block)
 
 
 def _with_gradient(block: Callable[..., Any]) -> Callable[..., Any]:

@@ -70,7 +70,7 @@ def test_graphs_are_kept(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) and a.any() for a, b in zip(*slopes, strict=True))
 
 
-@pytest.mark.parametrize("method, lowest", [("lora", 0), ("top_layers", 1)])
+@pytest.mark.parametrize("method, lowest", [("lora", 0), ("top_layers", 1), ("ladder", 3)])
 def test_nothing_below_what_is_trained_has_a_graph(method, lowest, monkeypatch):
     net = tiny_llama(layers=3)
     attach(make(method, net), net)
