@@ -67,8 +67,8 @@ def _with_gradient(block: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        wanted = torch.is_grad_enabled() and not is_in_torch_dispatch_mode()  # as where FLOPs count
-        if wanted and not hidden_states.requires_grad:
+        counting = is_in_torch_dispatch_mode()  # operations, of what training itself needs
+        if torch.is_grad_enabled() and not counting and not hidden_states.requires_grad:
             hidden_states = hidden_states.detach().requires_grad_()
         return block(hidden_states, *args, **kwargs)
 
