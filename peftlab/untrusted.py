@@ -28,7 +28,9 @@ def load_yaml(text: str) -> Any:
                 raise ValueError(f"is nested more than {DEPTH} levels deep")
         return yaml.load(text, LOADER)
     except yaml.YAMLError as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        marked = isinstance(error, yaml.MarkedYAMLError)
+        said = (error.context, error.problem) if marked else str(error).splitlines()[:1]
+        raise ValueError(": ".join(filter(None, said))) from error
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
         # PyYAML raises these where a tag and its value do not fit: !!bool x, !!int ''
         raise ValueError(f"holds a value that is not of its tag ({error})") from error

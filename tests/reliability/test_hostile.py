@@ -170,7 +170,8 @@ def test_remote_code_cannot_be_switched_on(verb, finished, planted, tmp_path, ca
     ("text", "told"),
     [
         ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "holds an alias"),
-        ("[" * 100_000 + "]" * 100_000, "nested more than"),
+        ("[" * 1_000 + "]" * 1_000, "nested more than 100 levels"),
+        ("[" * 100_000 + "]" * 100_000, "nest"),  # PyYAML 6.0.4 itself goes down 1,000 only
     ],
 )
 def test_records_that_would_hang_or_crash_a_reader(verb, text, told, finished, tmp_path, capfd):
